@@ -1,0 +1,1 @@
+"""Train apart, merge together."""

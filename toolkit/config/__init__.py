@@ -1,0 +1,1 @@
+"""Options, YAML files and flags. Imports neither torch nor transformers."""

@@ -1,0 +1,1 @@
+"""Real data sets made from packages of the package index."""

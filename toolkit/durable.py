@@ -1,0 +1,137 @@
+"""Files and folders that either are complete or are not there.
+
+The one commit protocol of the project: write beside, fsync, rename, fsync the folder. A folder that is committed
+holds ``manifest.json`` with the size and the SHA-256 of each of its files, written last.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import CheckpointError
+
+MANIFEST_NAME = "manifest.json"
+STAGING_PREFIX = ".staging-"
+TRASH_PREFIX = ".trash-"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable (a rename without this can be lost in a power cut)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file ``path`` by ``text`` (UTF-8): a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{STAGING_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(beside, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON with :func:`write_text`. NaN and infinity are refused: not JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def commit_folder(staged: Path, final: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the folder ``staged`` into the complete folder ``final`` and return its manifest.
+
+    Args:
+        staged: a folder on the same file system as ``final``; nothing else writes into it any more.
+        final: must not exist.
+        facts: JSON values that are kept in the manifest (step, parent, ...).
+
+    Raises:
+        CheckpointError: ``final`` exists.
+        OSError: the disk is full or fails; ``final`` then does not exist.
+    """
+    if final.exists():
+        raise CheckpointError(f"{final} exists already and is never overwritten")
+    files: dict[str, dict[str, Any]] = {}
+    folders = {staged}
+    for path in sorted(staged.rglob("*")):
+        if path.is_dir():
+            folders.add(path)
+            continue
+        sync_file(path)
+        files[path.relative_to(staged).as_posix()] = {"num_bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    manifest = {"facts": dict(facts), "files": files}
+    write_json(staged / MANIFEST_NAME, manifest)
+    for folder in folders:
+        sync_folder(folder)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(staged, final)
+    sync_folder(final.parent)
+    return manifest
+
+
+def verify_folder(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a committed folder after comparing every file with it.
+
+    Raises:
+        CheckpointError: no manifest, a file that is missing, added or changed; the message names the first one.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        expected = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: {MANIFEST_NAME} is missing or damaged ({error})") from error
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {MANIFEST_NAME}
+    for name in sorted(present | set(expected)):
+        path = folder / name
+        if name not in present:
+            raise CheckpointError(f"{path} is missing")
+        if name not in expected:
+            raise CheckpointError(f"{path} is not part of the checkpoint that was committed")
+        if path.stat().st_size != expected[name]["num_bytes"] or file_sha256(path) != expected[name]["sha256"]:
+            raise CheckpointError(f"{path} differs from the checkpoint that was committed")
+    return manifest
+
+
+def discard_folder(folder: Path) -> None:
+    """Delete a committed folder: renamed first, so that a half-deleted one is never taken for a complete one."""
+    trash = folder.with_name(f"{TRASH_PREFIX}{folder.name}-{uuid.uuid4().hex[:8]}")
+    os.rename(folder, trash)
+    sync_folder(folder.parent)
+    shutil.rmtree(trash)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed process left behind in ``folder`` (staged and half-deleted files and folders)."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.name.startswith((STAGING_PREFIX, TRASH_PREFIX)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

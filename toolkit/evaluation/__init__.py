@@ -1,0 +1,1 @@
+"""Metrics of language models and classifiers."""

@@ -1,0 +1,1 @@
+"""Console, history files, report, trackers."""

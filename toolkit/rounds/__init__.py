@@ -1,0 +1,1 @@
+"""Participants, rounds, run directory and journal."""
