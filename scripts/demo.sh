@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Trains a real model on real conversations: what `make demo` runs. Options are handed to the training:
+# bash scripts/demo.sh --max-steps 100
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+meldkit() {
+    .venv/bin/python -m toolkit "$@"
+}
+
+readonly MODEL=.cache/models/smollm2-135m-instruct
+readonly DATA=.cache/data/conversations
+readonly RUN=runs/demo
+
+if [[ ! -d $MODEL ]]; then meldkit models smollm2-135m-instruct --out "$MODEL"; fi
+if [[ ! -d $DATA ]]; then meldkit data samples conversations --out "$DATA"; fi
+# A demonstration begins anew each time: an earlier one steps aside and is never overwritten.
+if [[ -d $RUN ]]; then mv "$RUN" "$RUN-before-$(date +%Y%m%d-%H%M%S)"; fi
+meldkit train centralized-hf --config recipes/configs/demo.yaml "$@"
