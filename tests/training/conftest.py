@@ -1,0 +1,125 @@
+"""A tiny real model, real prepared rows, and a configuration object for trainers."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+def tiny_llama(seed: int = 0, **overrides):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    values = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(values | overrides)))
+    model.config.use_cache = False
+    return model
+
+
+@pytest.fixture
+def make_model():
+    return tiny_llama
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, 64)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture
+def make_rows():
+    """Ragged rows of token ids; the first third of each row is prompt (label -100)."""
+
+    def rows(number: int, seed: int = 0):
+        import datasets
+
+        generator = torch.Generator().manual_seed(seed)
+        made = []
+        for _ in range(number):
+            length = int(torch.randint(6, 20, (), generator=generator))
+            ids = torch.randint(4, 64, (length,), generator=generator).tolist()
+            prompt = length // 3
+            made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "length": length})
+        return datasets.Dataset.from_list(made)
+
+    return rows
+
+
+def pad_collator(rows):
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(key: str, value: int):
+        return torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in rows])
+
+    mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows])
+    return {"input_ids": padded("input_ids", 0), "labels": padded("labels", -100), "attention_mask": mask}
+
+
+@pytest.fixture
+def make_config():
+    def config(**overrides):
+        from toolkit.config.recipes import CentralizedConfig
+
+        values = {
+            "model": "tiny",
+            "data": "rows",
+            "output_dir": Path("unused"),
+            "max_epochs": 3,
+            "batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-2,
+            "gradient_checkpointing": False,
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "lora_dropout": 0.1,
+            "seed": 7,
+        }
+        return CentralizedConfig(**(values | overrides))
+
+    return config
+
+
+@pytest.fixture
+def build(tmp_path, tiny_tokenizer, make_config, make_rows):
+    """Build a participant's trainer: build(name, model, adapter=..., rows=..., **config)."""
+    from toolkit.training.contract import TrainerSetup, build_trainer
+
+    def make(name, model, *, adapter="default", rows=None, evaluation=None, stop=lambda: False, **overrides):
+        steps: list = []
+        setup = TrainerSetup(
+            name=name,
+            model=model,
+            adapter=adapter,
+            tokenizer=tiny_tokenizer,
+            train=make_rows(18) if rows is None else rows,
+            evaluation=evaluation,
+            collator=pad_collator,
+            config=make_config(**overrides),
+            world={"use_cpu": True, "bf16": False},
+            staging=tmp_path / f"staging-{name}",
+            on_step=steps.append,
+            stop_requested=stop,
+        )
+        return SimpleNamespace(trainer=build_trainer("hf", setup), steps=steps)
+
+    return make

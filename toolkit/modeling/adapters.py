@@ -1,0 +1,67 @@
+"""LoRA adapters on a base model."""
+
+import re
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+
+from toolkit.errors import ModelError
+
+
+def add_adapter(model: Any, config: Any, *, name: str = "default") -> PeftModel:
+    """Put a new LoRA adapter on ``model`` and make it the active one.
+
+    Args:
+        model: a base, or a PeftModel that already carries adapters of other participants.
+        config: the recipe's options (AdapterOptions, ``task``).
+        name: the adapter's name.
+
+    Raises:
+        ModelError: ``--lora-target-modules`` matches nothing; the message lists what there is.
+    """
+    lora = lora_config(model, config)
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, lora)
+        model.set_adapter(name)
+        return model
+    return get_peft_model(model, lora, adapter_name=name)
+
+
+def lora_config(model: Any, config: Any) -> LoraConfig:
+    """PEFT's configuration of the adapter (Hu et al. 2021, arXiv:2106.09685)."""
+    targets = config.lora_target_modules
+    if isinstance(targets, list) and len(targets) == 1 and targets[0] == "all-linear":
+        targets = "all-linear"
+    _check_targets(model, targets)
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS if config.task == "sequence-classification" else TaskType.CAUSAL_LM,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        modules_to_save=list(config.lora_modules_to_save) or None,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        bias="none",
+    )
+
+
+def _check_targets(model: Any, targets: str | list[str]) -> None:
+    if targets == "all-linear":
+        return
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    endings = sorted({name.rsplit(".", 1)[-1] for name in names if "lora_" not in name})
+    wanted = [targets] if isinstance(targets, str) else targets
+    if isinstance(targets, str):
+        try:
+            unmatched = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+        except re.error as error:
+            raise ModelError(f"--lora-target-modules {targets!r} is not a regular expression: {error}") from error
+    else:
+        unmatched = [w for w in wanted if not any(name == w or name.endswith(f".{w}") for name in names)]
+    if unmatched:
+        raise ModelError(
+            f"--lora-target-modules: no linear layer of the model matches {', '.join(unmatched)}",
+            hint=f"the model's linear layers are named {', '.join(endings)}; all-linear takes all but the head",
+        )

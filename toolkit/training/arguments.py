@@ -1,0 +1,75 @@
+"""From our options to the arguments of transformers' Trainer and TRL's SFTTrainer."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+from trl.trainer.sft_config import SFTConfig
+
+from toolkit.errors import ConfigError
+
+
+def build_arguments(config: Any, world: Mapping[str, Any], staging: Path) -> TrainingArguments:
+    """SFTConfig for a language model, TrainingArguments for a classifier.
+
+    Logging, evaluation and checkpoints are switched off in the Trainer: the recipe's loop decides when they happen.
+
+    Args:
+        config: the recipe's options.
+        world: what the launch plan decides (``toolkit.training.world.training_arguments``).
+        staging: folder into which the Trainer writes checkpoints that are not committed yet.
+
+    Raises:
+        ConfigError: ``trainer_args`` has a value that the installed version refuses.
+    """
+    causal = config.task == "causal-lm"
+    arguments_class = SFTConfig if causal else TrainingArguments
+    values: dict[str, Any] = {
+        "output_dir": str(staging),
+        "num_train_epochs": config.max_epochs,
+        "max_steps": config.max_steps or -1,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.eval_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler,
+        "warmup_steps": config.warmup_ratio,  # transformers 5: below 1 it is a share of the steps
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": config.optim,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "dataloader_num_workers": config.dataloader_workers,
+        "logging_strategy": "steps",
+        "logging_steps": 1,  # windows of --logging-steps are made by Accounting
+        "logging_nan_inf_filter": False,  # it replaces a NaN by the mean of the losses before it
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        **_checkpointing(arguments_class, config),
+        **world,
+    }
+    if causal:
+        values |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, "completion_only_loss": False}
+    values |= config.trainer_args
+    try:
+        return arguments_class(**values)
+    except (TypeError, ValueError) as error:
+        if not config.trainer_args:
+            raise
+        raise ConfigError([f"trainer_args: {error}"]) from error
+
+
+def _checkpointing(arguments_class: type, config: Any) -> dict[str, Any]:
+    """transformers 5.23 renamed gradient to activation checkpointing; the old name warns there."""
+    names = {field.name for field in dataclasses.fields(arguments_class)}
+    prefix = "activation" if "activation_checkpointing" in names else "gradient"
+    values: dict[str, Any] = {f"{prefix}_checkpointing": config.gradient_checkpointing}
+    if config.gradient_checkpointing:
+        values[f"{prefix}_checkpointing_kwargs"] = {"use_reentrant": False}
+    return values

@@ -1,0 +1,172 @@
+"""What every recipe asks of a trainer, and the registry of backends.
+
+A recipe drives participants round by round: build → start → fit → (evaluate, state, merge, load_state, save) → fit …
+Between two calls a trainer is paused, not torn down: optimizer, scheduler, scaler, random number generators and data
+position stay as they are. Many trainers live side by side on one base; whichever is called is the active one.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from toolkit.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStatistics:
+    """What one or more consecutive optimizer steps did, over all processes.
+
+    Attributes:
+        step: optimizer steps since the beginning of the run.
+        epoch: passes over the data, with a fraction.
+        num_steps: optimizer steps in this window.
+        loss: mean over the steps of the window; in each step the mean over its trained tokens (or rows).
+        learning_rate: of the last step.
+        grad_norm: of the last step, before clipping; None where the backend does not tell.
+        num_tokens, num_trainable_tokens: tokens without padding, and those with a label, in the window.
+        total_tokens, total_trainable_tokens: the same since the beginning of the run.
+        seconds: time in the steps of the window; evaluation and pauses are not in it.
+        batch_digest: CRC-32 over the token ids in the order in which they were trained, since the beginning of the
+            run: two runs with the same digest saw the same rows in the same order.
+    """
+
+    step: int
+    epoch: float
+    num_steps: int
+    loss: float
+    learning_rate: float
+    grad_norm: float | None
+    num_tokens: int
+    num_trainable_tokens: int
+    total_tokens: int
+    total_trainable_tokens: int
+    seconds: float
+    batch_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerSetup:
+    """All that a backend needs to build a participant's trainer.
+
+    Attributes:
+        name: the participant.
+        model: the base, with the participant's adapter on it where there is one; shared between participants.
+        adapter: name of the participant's adapter, None for full fine-tuning.
+        tokenizer: of the base.
+        train, evaluation: prepared rows (``toolkit.data.prepare``).
+        collator: makes a batch of them.
+        config: the recipe's options.
+        world: arguments that the launch plan decides (``toolkit.training.world``).
+        staging: folder for checkpoints that are not committed yet.
+        on_step: called after every optimizer step on every process.
+        stop_requested: asked after every optimizer step; where one process says yes, all pause after that step.
+    """
+
+    name: str
+    model: Any
+    adapter: str | None
+    tokenizer: Any
+    train: Any
+    evaluation: Any | None
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    config: Any
+    world: Mapping[str, Any]
+    staging: Path
+    on_step: Callable[[StepStatistics], None]
+    stop_requested: Callable[[], bool] = field(default=lambda: False)
+
+
+class ParticipantTrainer(Protocol):
+    """One participant's training, paused between calls."""
+
+    name: str
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done since the beginning of the run."""
+        ...
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the participant's data, with a fraction."""
+        ...
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        ...
+
+    @property
+    def num_steps_per_epoch(self) -> int: ...
+
+    def start(self, resume_from: Path | None = None) -> None:
+        """Get ready for the first step, from a committed checkpoint if one is given. Once, before anything else.
+
+        Raises:
+            CheckpointError: the checkpoint does not belong to this model or this number of processes.
+        """
+        ...
+
+    def fit(self, until_step: int) -> bool:
+        """Train until ``until_step`` steps are done and pause. False when a stop was requested before that.
+
+        Raises:
+            NonFiniteLossError: the loss became NaN or infinite; the step was not applied.
+        """
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on the held-out rows, without padding or duplicates; nothing of the training changes by it."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Copies of the trained tensors by name: the adapter, or the full state dict."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Replace the trained tensors; the optimizer keeps its moments.
+
+        Raises:
+            ValueError: names or shapes differ from :meth:`state`.
+        """
+        ...
+
+    def save(self) -> Path:
+        """Write everything that :meth:`start` needs into a new folder under the staging folder and return it."""
+        ...
+
+    def save_model(self, folder: Path) -> None:
+        """Write model (or adapter) and tokenizer as a Hugging Face folder."""
+        ...
+
+    def close(self) -> None:
+        """Let go of a paused training."""
+        ...
+
+
+Backend = Callable[[TrainerSetup], ParticipantTrainer]
+_BACKENDS: dict[str, Backend] = {}
+
+
+def trainer_backend(name: str) -> Callable[[Backend], Backend]:
+    """Register a backend under ``name``."""
+
+    def register(build: Backend) -> Backend:
+        _BACKENDS[name] = build
+        return build
+
+    return register
+
+
+def build_trainer(backend: str, setup: TrainerSetup) -> ParticipantTrainer:
+    """Build a participant's trainer with the backend of that name.
+
+    Raises:
+        InputError: there is no such backend.
+    """
+    if backend == "hf" and backend not in _BACKENDS:
+        import toolkit.training.hf  # noqa: F401  (registers itself; imported here because it takes seconds)
+    if backend not in _BACKENDS:
+        raise InputError(f"unknown trainer backend {backend!r}; there are: {', '.join(sorted(_BACKENDS))}")
+    return _BACKENDS[backend](setup)
