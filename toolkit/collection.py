@@ -1,0 +1,114 @@
+"""What the sample models and the sample data sets share: names, and folders that are whole or not there."""
+
+import difflib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from toolkit import durable
+from toolkit.errors import CheckpointError, InputError, RunDirectoryError
+from toolkit.wheels import Announce, cache_folder, silent
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str) -> InputError:
+    """Return the error for a name that is not in the collection; it shows the nearest names that are."""
+    names = sorted(known)
+    by_folded = {candidate.lower(): candidate for candidate in names}
+    near = [by_folded[match] for match in difflib.get_close_matches(name.lower(), by_folded, n=3, cutoff=0.5)]
+    meant = f"; did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
+    return InputError(f"there is no {kind} named {name!r}{meant}", hint=hint)
+
+
+def make_folder(
+    out_dir: Path,
+    facts: Mapping[str, Any],
+    build: Callable[[Path], None],
+    *,
+    announce: Announce = silent,
+) -> Path:
+    """Let ``build`` fill a new folder and put it at ``out_dir`` as a whole; keep one that is there already.
+
+    Args:
+        out_dir: the folder that is wanted.
+        facts: what the content depends on (name, options, versions); JSON values. They are kept in its
+        manifest. build: writes the content into the empty folder that it is given.
+
+    Raises:
+        RunDirectoryError: ``out_dir`` holds something else; it is left alone.
+    """
+    out_dir = out_dir.expanduser().absolute()
+    lock_name = hashlib.sha256(os.fsencode(out_dir)).hexdigest()[:16]
+    locks = cache_folder() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    # Two processes that want the same folder: one builds, the other waits and keeps what it finds.
+    with FileLock(locks / f"{lock_name}.lock"):
+        if _is_kept(out_dir, dict(facts)):
+            announce(f"{out_dir} is complete already and is kept")
+            return out_dir
+        try:
+            out_dir.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunDirectoryError(f"cannot make the folder {out_dir.parent}: {error.strerror}") from error
+        prefix = f"{durable.STAGING_PREFIX}{out_dir.name}-"
+        for leftover in out_dir.parent.glob(f"{prefix}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging = out_dir.with_name(f"{prefix}{uuid.uuid4().hex[:8]}")
+        staging.mkdir()
+        try:
+            build(staging)
+            if out_dir.exists():
+                out_dir.rmdir()  # empty: looked at above
+            durable.commit_folder(staging, out_dir, facts)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return out_dir
+
+
+def _is_kept(out_dir: Path, facts: dict[str, Any]) -> bool:
+    """Tell whether ``out_dir`` is the folder that is wanted; False when it has to be made.
+
+    Only names and sizes are compared, so that the answer costs nothing for a model of any size.
+    """
+    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+        return False
+    advice = "choose another folder for --out, or remove this one first"
+    if not out_dir.is_dir():
+        raise RunDirectoryError(f"{out_dir} is a file", hint=advice)
+    try:
+        manifest = json.loads((out_dir / durable.MANIFEST_NAME).read_text(encoding="utf-8"))
+        found, files = manifest["facts"], manifest["files"]
+        sizes = {name: entry["num_bytes"] for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunDirectoryError(
+            f"{out_dir} holds files that the sample collection did not write", hint=advice
+        ) from error
+    if found != json.loads(json.dumps(facts)):
+        keys = [key for key in sorted({*found, *facts}) if found.get(key) != facts.get(key)]
+        differences = ", ".join(f"{key} {found.get(key)!r} instead of {facts.get(key)!r}" for key in keys)
+        raise RunDirectoryError(
+            f"{out_dir} is complete, but made with other choices: {differences}", hint=advice
+        )
+    for name, num_bytes in sizes.items():
+        path = out_dir / name
+        if not path.is_file() or path.stat().st_size != num_bytes:
+            raise RunDirectoryError(f"{path} is missing or was changed since it was made", hint=advice)
+    return True
+
+
+def verify(out_dir: Path) -> None:
+    """Compare every byte of a folder of the collection with its manifest.
+
+    Raises:
+        RunDirectoryError: a file is missing or changed.
+    """
+    try:
+        durable.verify_folder(out_dir)
+    except CheckpointError as error:
+        raise RunDirectoryError(str(error)) from error

@@ -1,0 +1,71 @@
+"""``meldkit models``: list the sample models, write one as a folder."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from toolkit import collection, wheels
+from toolkit.modeling.samples.catalog import MODELS, SampleModel, make
+
+
+def models(argv: Sequence[str]) -> int:
+    """Run ``meldkit models [NAME] [--out DIR]`` and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="meldkit models",
+        description="Write a sample model as an ordinary Hugging Face folder. Without NAME: list them.",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the model; see the list")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write. Default: models/NAME in the cache",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.name is None:
+        if arguments.out is not None:
+            parser.error("--out needs the NAME of a model")
+        sys.stdout.write(listing())
+        return 0
+    if arguments.name not in MODELS:
+        raise collection.unknown_name(
+            "sample model", arguments.name, MODELS, hint="meldkit models lists them"
+        )
+    out_dir = arguments.out or wheels.cache_folder() / "models" / arguments.name
+    began = time.monotonic()
+    folder = make(arguments.name, out_dir, announce=_tell)
+    sys.stderr.write(f"{arguments.name}: {_size(folder) / 1e6:.1f} MB, {time.monotonic() - began:.1f} s\n")
+    sys.stdout.write(f"{folder}\n")
+    return 0
+
+
+def listing() -> str:
+    """Return the list of all models as text."""
+    lines = ["Models of the collection (meldkit models NAME --out DIR):", ""]
+    width = max(len(name) for name in MODELS)
+    for model in MODELS.values():
+        count = f"{model.num_parameters / 1e6:.2f} M"
+        lines.append(f"  {model.name:<{width}}  {count:>8}  {model.licence:<10}  {_source(model)}")
+        lines.append(f"      {model.summary}")
+        lines.append(f"      weights {model.weights}")
+        if model.origin:
+            lines.append(f"      original: {model.origin} (use that id where a hub can be reached)")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def _source(model: SampleModel) -> str:
+    if not model.wheels:
+        return "made on the spot, no download"
+    packages = " + ".join(f"{wheel.package} {wheel.version}" for wheel in model.wheels)
+    return f"{packages}, {model.download_bytes / 1e6:.1f} MB to fetch"
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
