@@ -83,7 +83,10 @@ def commit_folder(staged: Path, final: Path, facts: Mapping[str, Any]) -> dict[s
             folders.add(path)
             continue
         sync_file(path)
-        files[path.relative_to(staged).as_posix()] = {"num_bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        files[path.relative_to(staged).as_posix()] = {
+            "num_bytes": path.stat().st_size,
+            "sha256": file_sha256(path),
+        }
     manifest = {"facts": dict(facts), "files": files}
     write_json(staged / MANIFEST_NAME, manifest)
     for folder in folders:
@@ -102,17 +105,20 @@ def verify_folder(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        expected = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = {name: (entry["num_bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: {MANIFEST_NAME} is missing or damaged ({error})") from error
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {MANIFEST_NAME}
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {
+        MANIFEST_NAME
+    }
     for name in sorted(present | set(expected)):
         path = folder / name
         if name not in present:
             raise CheckpointError(f"{path} is missing")
         if name not in expected:
             raise CheckpointError(f"{path} is not part of the checkpoint that was committed")
-        if path.stat().st_size != expected[name]["num_bytes"] or file_sha256(path) != expected[name]["sha256"]:
+        num_bytes, sha256 = expected[name]
+        if path.stat().st_size != num_bytes or file_sha256(path) != sha256:
             raise CheckpointError(f"{path} differs from the checkpoint that was committed")
     return manifest
 
@@ -131,7 +137,7 @@ def clear_leftovers(folder: Path) -> None:
         return
     for path in folder.iterdir():
         if path.name.startswith((STAGING_PREFIX, TRASH_PREFIX)):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
