@@ -3,22 +3,74 @@
 The docstring under a field is its help text, on the command line and in the documentation.
 """
 
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from toolkit.config.conflicts import conflicts
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 LossTarget = Literal["assistant", "last-assistant", "completion", "all"]
 OverlongPolicy = Literal["drop", "truncate", "split", "error"]
+
+PLAIN_MODULE_NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
+GPU_NUMBERS = re.compile(r"\d+(,\d+)*")
+
+
+def _interval(value: str) -> str:
+    if value in ("epoch", "never") or (value.isdecimal() and int(value) >= 1):
+        return value
+    raise ValueError(f"'{value}' is not epoch, never, or a number of steps of at least 1")
+
+
+def _gpu_numbers(value: str) -> str:
+    value = value.replace(" ", "")
+    if not GPU_NUMBERS.fullmatch(value):
+        raise ValueError(f"'{value}' is not a list of GPU numbers like 0 or 0,1")
+    if len(set(value.split(","))) < len(value.split(",")):
+        raise ValueError(f"'{value}' names a GPU twice")
+    return value
+
+
+def _module_names(value: str | list[str]) -> str | list[str]:
+    # peft takes a single name for a regular expression that has to match the whole path of a module, so that
+    # "q_proj" would match nothing. Plain names are endings, as in a list.
+    if isinstance(value, str) and value != "all-linear" and PLAIN_MODULE_NAMES.fullmatch(value):
+        return [name.strip() for name in value.split(",")]
+    return value
+
+
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Interval = Annotated[str, BeforeValidator(_as_text), AfterValidator(_interval)]
+GpuNumbers = Annotated[str, BeforeValidator(_as_text), AfterValidator(_gpu_numbers)]
+ModuleNames = Annotated[str | list[str], AfterValidator(_module_names)]
 
 
 class Options(BaseModel):
     """Base of all option groups: unknown names are errors, values are never changed after validation."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), validate_default=False
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        validate_default=False,
+        allow_inf_nan=False,
     )
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> Self:
+        found = conflicts(self)
+        if found:
+            text = "; ".join(f"{'.'.join(c.place)} {c.message}" for c in found)
+            raise PydanticCustomError("conflicts", "{text}", {"text": text, "conflicts": found})
+        return self
 
 
 class ModelOptions(Options):
@@ -42,7 +94,9 @@ class ModelOptions(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type in which the base is held. auto: the checkpoint's own on a GPU; float32 on a CPU, where it is faster."""
 
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
+    attn_implementation: Literal[
+        "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = "auto"
     """Attention kernel. auto: sdpa."""
 
     trust_remote_code: bool = False
@@ -58,13 +112,13 @@ class AdapterOptions(Options):
     lora_r: int = Field(16, ge=1)
     """Rank of the adapter."""
 
-    lora_alpha: float = Field(32, gt=0)
+    lora_alpha: float = Field(32.0, gt=0)
     """Scale of the adapter: alpha / r, or alpha / sqrt(r) with --use-rslora."""
 
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the input of the adapter."""
 
-    lora_target_modules: str | list[str] = "all-linear"
+    lora_target_modules: ModuleNames = "all-linear"
     """Modules that get an adapter: all-linear, a list of name endings (q_proj,v_proj), or a regular expression."""
 
     lora_modules_to_save: list[str] = Field(default_factory=list)
@@ -160,7 +214,7 @@ class DataOptions(Options):
 class TrainingOptions(Options):
     """Training"""
 
-    max_epochs: float = Field(3, gt=0)
+    max_epochs: float = Field(3.0, gt=0)
     """Passes over the training data."""
 
     max_steps: int | None = Field(None, ge=1)
@@ -199,10 +253,10 @@ class TrainingOptions(Options):
     seed: int = Field(42, ge=0)
     """Seed of the data order, dropout, adapter initialisation and splits."""
 
-    eval_every: str = "epoch"
+    eval_every: Interval = "epoch"
     """When to evaluate: epoch, never, or a number of steps. There is always one evaluation before and one after."""
 
-    checkpoint_every: str = "epoch"
+    checkpoint_every: Interval = "epoch"
     """When to commit a checkpoint: epoch, never, or a number of steps. There is always one at the end."""
 
     keep_checkpoints: int = Field(2, ge=2)
@@ -224,7 +278,7 @@ class LaunchOptions(Options):
     num_processes: int | None = Field(None, ge=1)
     """Processes, one a device. Default: one for each GPU that is used, one on a CPU."""
 
-    gpu: str | None = None
+    gpu: GpuNumbers | None = None
     """GPUs to use, by number: 0 or 0,1. Default: those in CUDA_VISIBLE_DEVICES, else all."""
 
     cpu: bool = False
@@ -252,13 +306,15 @@ class RunOptions(Options):
     merge_final: bool = False
     """Write final_model/merged/ too: the base with the adapter merged into it."""
 
-    sample_prompts: list[str] = Field(default_factory=list)
-    """Prompts that the model answers before and after training, printed and recorded."""
+    sample_prompts: list[str] = Field(default_factory=list, json_schema_extra={"splits_commas": False})
+    """Prompt that the model answers before and after training, printed and recorded. May be given several times."""
 
     sample_tokens: int = Field(48, ge=1)
     """Longest answer to a sample prompt, in tokens."""
 
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=lambda: ["tensorboard"])
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=lambda: ["tensorboard"]
+    )
     """Trackers, besides the run's own files: tensorboard, wandb, trackio."""
 
     project: str = "meldkit"

@@ -1,0 +1,59 @@
+"""Whether the local files that a configuration names are there: asked before anything heavy is imported."""
+
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from toolkit.config.names import nearest
+from toolkit.errors import DataError, InputError, ModelError
+
+DATA_OPTIONS = ("data", "eval_data")
+MODEL_OPTIONS = ("model", "tokenizer")
+FILE_OPTIONS = ("chat_template",)
+FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".gguf", ".jinja", ".yaml", ".safetensors")
+
+
+def is_local_path(source: str) -> bool:
+    """Whether a source can only be a path. ``gpt2`` and ``Qwen/Qwen3-8B-Base`` may be hub ids as well."""
+    looks_like_path = source.startswith((".", "/", "~")) or source.endswith(("/", *FILE_ENDINGS))
+    return looks_like_path or source.count("/") > 1 or "\\" in source
+
+
+def missing_files(config: BaseModel) -> list[tuple[str, str]]:
+    """Return option and path of every local file or folder that a configuration names and that is not there."""
+    missing: list[tuple[str, str]] = []
+    for name in (*DATA_OPTIONS, *MODEL_OPTIONS, *FILE_OPTIONS):
+        source = getattr(config, name, None)
+        if source is None or Path(source).expanduser().exists():
+            continue
+        if name in FILE_OPTIONS or is_local_path(str(source)):
+            missing.append((name, str(source)))
+    return missing
+
+
+def check_files(config: BaseModel) -> None:
+    """Raise one error that names every missing file.
+
+    Raises:
+        DataError, ModelError, InputError: by what is missing first.
+    """
+    missing = missing_files(config)
+    if not missing:
+        return
+    lines = [f"{name}: there is no {path}{_neighbour(path)}" for name, path in missing]
+    names = [name for name, _ in missing]
+    if names[0] in DATA_OPTIONS:
+        hint = "meldkit data samples --help makes sample data; --data takes a file, a folder or a data set's hub id"
+        raise DataError("\n  ".join(lines), hint=hint)
+    if names[0] in MODEL_OPTIONS:
+        hint = "meldkit models --help makes sample models; --model takes a hub id, a folder or a .gguf file"
+        raise ModelError("\n  ".join(lines), hint=hint)
+    raise InputError("\n  ".join(lines))
+
+
+def _neighbour(path: str) -> str:
+    folder = Path(path).expanduser().parent
+    if not folder.is_dir():
+        return ""
+    match = nearest(Path(path).name, sorted(p.name for p in folder.iterdir()))
+    return f"; did you mean '{Path(path).parent / match}'?" if match else ""

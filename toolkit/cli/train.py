@@ -1,0 +1,164 @@
+"""Start a recipe: configuration, launch plan, then this process or the processes that a launcher starts."""
+
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from toolkit.cli.failures import Terminated, guarded
+from toolkit.cli.files import check_files
+from toolkit.cli.terminal import BOLD, out, styled
+from toolkit.config.load import Loaded, load
+from toolkit.config.recipes import RECIPES
+from toolkit.config.shipped import shipped_file
+from toolkit.errors import RunDirectoryError
+
+CONFIG_NAME = "experiment_config.json"
+HELP_FLAGS = {"-h", "--help"}
+
+
+def run_recipe(recipe: str, argv: Sequence[str]) -> int:
+    """Run a recipe with the arguments after its name and return the exit status.
+
+    The same whether ``meldkit train``, ``python recipes/NAME.py`` or a launcher calls it: the launch plan decides,
+    and a process that a launcher has started never starts another one.
+    """
+    argv = list(argv)
+    if HELP_FLAGS.intersection(argv):
+        from toolkit.cli.help import recipe_help
+
+        return guarded(lambda: _print(recipe_help(recipe, RECIPES[recipe])), debug=False)
+    starter = _Starter(recipe, argv)
+    debug = "--debug" in argv
+    _stop_on_sigterm()
+    return guarded(starter.start, debug=debug, log=starter.log_file, resume_hint=starter.resume_hint)
+
+
+class _Starter:
+    """One start of a recipe. What is known when an error strikes is kept for the message about it."""
+
+    def __init__(self, recipe: str, argv: list[str]) -> None:
+        self.recipe = recipe
+        self.argv = argv
+        self.loaded: Loaded[Any] | None = None
+        self.has_begun = False
+
+    def start(self) -> int:
+        self.loaded = loaded = load(RECIPES[self.recipe], self.argv, default_file=shipped_file(self.recipe))
+        request = loaded.request
+        is_main = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+        if request.save_config is not None and is_main:
+            self._save(loaded)
+        if request.print_config:
+            return self._print_config(loaded) if is_main else 0
+        if request.dry_run:
+            return self._dry_run(loaded) if is_main else 0
+        check_files(loaded.config)
+        return self._run(loaded)
+
+    def _run(self, loaded: Loaded[Any]) -> int:
+        from toolkit.launch.plan import is_launched, resolve_plan
+
+        plan = resolve_plan(loaded.config)
+        if plan.needs_launcher and not is_launched(os.environ):
+            from toolkit.launch.launcher import launch
+
+            return launch(plan, self.recipe, self.argv)
+        # Read by torch, accelerate and DeepSpeed while they are imported.
+        os.environ.update(plan.environment())
+        self.has_begun = True
+        from toolkit.rounds.centralized import run
+
+        return run(loaded.config, plan)
+
+    def _save(self, loaded: Loaded[Any]) -> None:
+        """Write the file of --save-config.
+
+        Without a path the file is the run directory's own, which a run that is really started writes itself.
+        """
+        from toolkit.config.render import save
+
+        asked = loaded.request.save_config
+        if asked:
+            save(loaded, Path(asked))
+            return
+        if not (loaded.request.dry_run or loaded.request.print_config):
+            return
+        output_dir = Path(loaded.config.output_dir)
+        if (output_dir / "journal.jsonl").exists():
+            raise RunDirectoryError(
+                f"--save-config: {output_dir} holds a run, and its {CONFIG_NAME} describes that run",
+                hint="give --save-config a file name, or another --output-dir",
+            )
+        save(loaded, output_dir / CONFIG_NAME)
+
+    def _print_config(self, loaded: Loaded[Any]) -> int:
+        from toolkit.config.render import as_yaml
+
+        sys.stdout.write(as_yaml(loaded))
+        return 0
+
+    def _dry_run(self, loaded: Loaded[Any]) -> int:
+        from toolkit.config.render import as_yaml
+        from toolkit.launch.launcher import shell_line
+        from toolkit.launch.plan import resolve_plan
+
+        sys.stdout.write(as_yaml(loaded))
+        plan = resolve_plan(loaded.config)
+        out("\n" + styled("# Launch plan", BOLD))
+        for name, value in plan.as_dict().items():
+            out(f"#   {name}: {_shown(value)}")
+        for note in plan.notes:
+            out(f"#   - {note}")
+        out("\n" + styled("# Command", BOLD))
+        rest = [word for word in self.argv if word.replace("_", "-").split("=")[0] != "--dry-run"]
+        module = ["toolkit", "train", self.recipe, *rest]
+        if plan.needs_launcher:
+            out(f"#   {shell_line(plan, module)}")
+        else:
+            out(f"#   {shlex.join(['meldkit', *module[1:]])}")
+        check_files(loaded.config)
+        out("\n# Dry run: nothing was started.")
+        return 0
+
+    def log_file(self) -> Path | None:
+        """The log of the run, once it has one."""
+        if self.loaded is None or not self.has_begun:
+            return None
+        path = Path(self.loaded.config.output_dir) / "training.log"
+        return path if path.is_file() else None
+
+    def resume_hint(self) -> str | None:
+        """The command that goes on with this run, once there is something to go on with."""
+        if self.loaded is None or not self.has_begun:
+            return None
+        output_dir = str(self.loaded.config.output_dir)
+        if not (Path(output_dir) / CONFIG_NAME).is_file():
+            return "nothing has been trained yet; start it again"
+        return shlex.join(["meldkit", "train", self.recipe, "--resume", "--output-dir", output_dir])
+
+
+def _print(text: str) -> int:
+    out(text)
+    return 0
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(str(element) for element in value) or "none"
+    return "none" if value is None else str(value)
+
+
+def _stop_on_sigterm() -> None:
+    """Let SIGTERM end the recipe as Ctrl-C does. A run that has begun installs a handler that saves first."""
+
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)

@@ -1,0 +1,127 @@
+"""Rules that join several options. Each yields the options it is about and what is wrong.
+
+"Given" means "differs from the default": the configuration that a run has saved holds every option, and it must load
+again.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from toolkit.config.names import did_you_mean
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """``place`` is where it is reported: an option, and perhaps a name inside it; ``options`` are all that are involved."""
+
+    place: tuple[str, ...]
+    options: tuple[str, ...]
+    message: str
+
+
+def conflicts(config: BaseModel) -> list[Conflict]:
+    """Return everything that is wrong between the options of a configuration, whatever groups it has."""
+    return [conflict for rule in RULES for conflict in rule(config)]
+
+
+def _given(config: BaseModel, name: str) -> bool:
+    field = type(config).model_fields.get(name)
+    return field is not None and getattr(config, name) != field.get_default(call_default_factory=True)
+
+
+def _value(config: BaseModel, name: str) -> Any:
+    return getattr(config, name, None)
+
+
+def _quantization(config: BaseModel) -> Iterator[Conflict]:
+    four, eight = _value(config, "load_in_4bit"), _value(config, "load_in_8bit")
+    if four and eight:
+        both = ("load_in_8bit", "load_in_4bit")
+        yield Conflict(both[:1], both, "excludes load_in_4bit; the base is held in 4 bits or in 8")
+    if _value(config, "finetuning") == "full":
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if _value(config, name):
+                message = "needs finetuning: lora; quantized weights cannot be trained"
+                yield Conflict((name,), (name, "finetuning"), message)
+    if not four:
+        for name in ("nested_quant", "quant_type"):
+            if _given(config, name):
+                yield Conflict((name,), (name, "load_in_4bit"), "does nothing without load_in_4bit")
+
+
+def _adapter(config: BaseModel) -> Iterator[Conflict]:
+    if _value(config, "finetuning") != "full":
+        return
+    for name in type(config).model_fields:
+        if (name.startswith("lora_") or name in ("use_dora", "use_rslora")) and _given(config, name):
+            yield Conflict(
+                (name,), (name, "finetuning"), "does nothing with finetuning: full, which has no adapter"
+            )
+    if _value(config, "merge_final"):
+        message = "does nothing with finetuning: full; final_model/ is the whole model"
+        yield Conflict(("merge_final",), ("merge_final", "finetuning"), message)
+
+
+def _data(config: BaseModel) -> Iterator[Conflict]:
+    if _value(config, "packing") and _value(config, "length_grouping"):
+        names = ("length_grouping", "packing")
+        yield Conflict(names[:1], names, "does nothing with packing, which fills every sequence")
+    if _value(config, "eval_data") is not None and _given(config, "eval_fraction"):
+        names = ("eval_fraction", "eval_data")
+        yield Conflict(names[:1], names, "excludes eval_data; held-out rows come from one of the two")
+
+
+def _classification(config: BaseModel) -> Iterator[Conflict]:
+    if _value(config, "task") != "sequence-classification":
+        return
+    reasons = {
+        "packing": "is for language models; a classifier reads one text at a time",
+        "loss_on": "is for language models; a classifier is trained on the label",
+        "sample_prompts": "is for language models; a classifier gives no answers in text",
+        "chat_template": "is for language models; a classifier reads plain text",
+    }
+    for name, reason in reasons.items():
+        if _given(config, name):
+            yield Conflict((name,), (name, "task"), reason)
+
+
+def _launch(config: BaseModel) -> Iterator[Conflict]:
+    if _value(config, "cpu") and _value(config, "gpu") is not None:
+        yield Conflict(("gpu",), ("gpu", "cpu"), "excludes cpu")
+
+
+def _trainer(config: BaseModel) -> Iterator[Conflict]:
+    # Imported here: only a run that passes arguments through pays for looking into the installed packages.
+    from toolkit.config import trainer_fields
+
+    task = _value(config, "task") or "causal-lm"
+    for name, message in trainer_fields.trainer_args_problems(_value(config, "trainer_args") or {}, task):
+        yield Conflict(("trainer_args", name), ("trainer_args", "task"), message)
+    named = {
+        "lr_scheduler": ("transformers.trainer_utils", "SchedulerType"),
+        "optim": ("transformers.training_args", "OptimizerNames"),
+    }
+    for option, (module, class_name) in named.items():
+        if not _given(config, option):
+            continue
+        try:
+            values = trainer_fields.enum_values(module, class_name)
+        except LookupError:  # another version keeps them elsewhere; the trainer will say
+            continue
+        if _value(config, option) not in values:
+            suggestion = did_you_mean(str(_value(config, option)), values)
+            message = f"'{_value(config, option)}' is not one of {', '.join(sorted(values))}{suggestion}"
+            yield Conflict((option,), (option,), message)
+
+
+RULES: list[Callable[[BaseModel], Iterator[Conflict]]] = [
+    _quantization,
+    _adapter,
+    _data,
+    _classification,
+    _launch,
+    _trainer,
+]
