@@ -1,8 +1,8 @@
 """Train one model on all the data with the Hugging Face stack.
 
 Writes into the run directory (--output-dir): final_model/ (adapter or model, tokenizer, chat template),
-training.log, training_history.json, training_metrics.json, report.html, checkpoints and TensorBoard logs. Without
-arguments it trains with the values of recipes/configs/centralized_hf.yaml; --help lists the options.
+training.log, training_history.json, training_metrics.json, report.html, checkpoints and TensorBoard logs.
+Without arguments it trains with the values of recipes/configs/centralized_hf.yaml; --help lists the options.
 
     python recipes/centralized_hf.py --config run.yaml --max-epochs 1
     accelerate launch recipes/centralized_hf.py --config run.yaml

@@ -18,7 +18,8 @@ def script(shell: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return a parser of the whole command line. It is used for completion only: load.py reads the arguments."""
+    """Return a parser of the whole command line. It is used for completion only: load.py reads the
+    arguments."""
     top = argparse.ArgumentParser(prog="meldkit", add_help=True)
     top.add_argument("--version", action="store_true", help="Print the version.")
     commands = top.add_subparsers(dest="command")

@@ -39,7 +39,8 @@ def guarded(
     try:
         return action()
     except BrokenPipeError:
-        # The reader has gone (`| head`). Nothing more can be said to it, also not when Python flushes at the end.
+        # The reader has gone (`| head`). Nothing more can be said to it, also not when Python flushes at the
+        # end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return FAILED
     except Interrupted as error:

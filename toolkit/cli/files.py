@@ -20,7 +20,8 @@ def is_local_path(source: str) -> bool:
 
 
 def missing_files(config: BaseModel) -> list[tuple[str, str]]:
-    """Return option and path of every local file or folder that a configuration names and that is not there."""
+    """Return option and path of every local file or folder that a configuration names and that is not
+    there."""
     missing: list[tuple[str, str]] = []
     for name in (*DATA_OPTIONS, *MODEL_OPTIONS, *FILE_OPTIONS):
         source = getattr(config, name, None)
@@ -43,10 +44,10 @@ def check_files(config: BaseModel) -> None:
     lines = [f"{name}: there is no {path}{_neighbour(path)}" for name, path in missing]
     names = [name for name, _ in missing]
     if names[0] in DATA_OPTIONS:
-        hint = "meldkit data samples --help makes sample data; --data takes a file, a folder or a data set's hub id"
+        hint = "meldkit data samples makes sample data; --data takes a file, a folder or a hub id"
         raise DataError("\n  ".join(lines), hint=hint)
     if names[0] in MODEL_OPTIONS:
-        hint = "meldkit models --help makes sample models; --model takes a hub id, a folder or a .gguf file"
+        hint = "meldkit models makes sample models; --model takes a hub id, a folder or a .gguf file"
         raise ModelError("\n  ".join(lines), hint=hint)
     raise InputError("\n  ".join(lines))
 

@@ -1,4 +1,5 @@
-"""Help texts, written from the schema: every option with its default, its type and its docstring, in groups."""
+"""Help texts, written from the schema: every option with its default, its type and its docstring, in
+groups."""
 
 import textwrap
 from importlib import metadata
@@ -79,8 +80,8 @@ def recipe_help(recipe: str, config_class: type[Options]) -> str:
     file = shipped_file(recipe)
     if file is not None:
         text = (
-            f"Without --config, --model and --data the values come from {file.name}, the file that comes with the "
-            f"recipe; --config {recipe} takes them with other flags too."
+            f"Without --config, --model and --data the values come from {file.name}, the file that comes "
+            f"with the recipe; --config {recipe} takes them with other flags too."
         )
         lines += ["", *textwrap.wrap(text, width())]
     group = None

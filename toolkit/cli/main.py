@@ -1,4 +1,5 @@
-"""`meldkit`: find the command and hand it its arguments. What a command needs is imported when it is called."""
+"""`meldkit`: find the command and hand it its arguments. What a command needs is imported when it is
+called."""
 
 from collections.abc import Callable
 

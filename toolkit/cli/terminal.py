@@ -15,7 +15,8 @@ def width() -> int:
 
 
 def styled(text: str, style: str, stream: TextIO | None = None) -> str:
-    """Return ``text`` in a style when ``stream`` (standard output) is a terminal; NO_COLOR and TERM=dumb count."""
+    """Return ``text`` in a style when ``stream`` (standard output) is a terminal; NO_COLOR and TERM=dumb
+    count."""
     stream = stream or sys.stdout
     if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text

@@ -25,8 +25,8 @@ HELP_FLAGS = {"-h", "--help"}
 def run_recipe(recipe: str, argv: Sequence[str]) -> int:
     """Run a recipe with the arguments after its name and return the exit status.
 
-    The same whether ``meldkit train``, ``python recipes/NAME.py`` or a launcher calls it: the launch plan decides,
-    and a process that a launcher has started never starts another one.
+    The same whether ``meldkit train``, ``python recipes/NAME.py`` or a launcher calls it: the launch plan
+    decides, and a process that a launcher has started never starts another one.
     """
     argv = list(argv)
     if HELP_FLAGS.intersection(argv):

@@ -1,8 +1,8 @@
 """Split the arguments of a recipe into options. What the values mean is decided in values.py.
 
 ``--max-epochs 3``, ``--max_epochs 3`` and ``--max-epochs=3`` are the same. A switch is ``--packing``,
-``--no-packing`` or ``--packing true``. A list is ``a,b`` or the flag repeated; a mapping is ``k=v,k2=v2`` or the
-flag repeated. A value that begins with a dash and is no number is given as ``--name=-value``.
+``--no-packing`` or ``--packing true``. A list is ``a,b`` or the flag repeated; a mapping is ``k=v,k2=v2`` or
+the flag repeated. A value that begins with a dash and is no number is given as ``--name=-value``.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Rules that join several options. Each yields the options it is about and what is wrong.
 
-"Given" means "differs from the default": the configuration that a run has saved holds every option, and it must load
-again.
+"Given" means "differs from the default": the configuration that a run has saved holds every option, and it
+must load again.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,8 @@ from toolkit.config.names import did_you_mean
 
 @dataclass(frozen=True)
 class Conflict:
-    """``place`` is where it is reported: an option, and perhaps a name inside it; ``options`` are all that are involved."""
+    """``place`` is where it is reported: an option, and perhaps a name inside it; ``options`` are all that
+    are involved."""
 
     place: tuple[str, ...]
     options: tuple[str, ...]

@@ -1,4 +1,5 @@
-"""Read the configuration of a recipe from a file and the command line: all problems at once, each with its place."""
+"""Read the configuration of a recipe from a file and the command line: all problems at once, each with its
+place."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -193,7 +194,8 @@ def _validate(config_class: type[ConfigT], options: Mapping[str, Option], values
     else:
         return config if not values.settled else None
     if failed:
-        # Rules between the other options are checked all the same, so that the user hears of everything at once.
+        # Rules between the other options are checked all the same, so that the user hears of everything at
+        # once.
         rest = {name: value for name, value in usable.items() if name not in failed}
         for name in failed:
             if options[name].is_required:

@@ -15,8 +15,9 @@ def plain(name: str) -> str:
 def nearest(name: str, valid: Iterable[str]) -> str | None:
     """Return the name in ``valid`` that is closest to ``name``, or None when nothing is close.
 
-    Dashes, underscores and case do not count. A slip of the keyboard comes first, then the first name that begins
-    with ``name``, then a name that is less close, then the words of ``name`` in another order or beside others.
+    Dashes, underscores and case do not count. A slip of the keyboard comes first, then the first name that
+    begins with ``name``, then a name that is less close, then the words of ``name`` in another order or
+    beside others.
     """
     candidates = {plain(candidate): candidate for candidate in valid}
     wanted = plain(name)

@@ -1,4 +1,5 @@
-"""The options of all recipes, in groups. A recipe's configuration is one flat model that inherits the groups it needs.
+"""The options of all recipes, in groups. A recipe's configuration is one flat model that inherits the groups
+it needs.
 
 The docstring under a field is its help text, on the command line and in the documentation.
 """
@@ -92,7 +93,8 @@ class ModelOptions(Options):
     """What is trained: a language model, or a classifier of whole texts."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type in which the base is held. auto: the checkpoint's own on a GPU; float32 on a CPU, where it is faster."""
+    """Type in which the base is held. auto: the checkpoint's own on a GPU; float32 on a CPU, where it is
+    faster."""
 
     attn_implementation: Literal[
         "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
@@ -119,7 +121,8 @@ class AdapterOptions(Options):
     """Dropout on the input of the adapter."""
 
     lora_target_modules: ModuleNames = "all-linear"
-    """Modules that get an adapter: all-linear, a list of name endings (q_proj,v_proj), or a regular expression."""
+    """Modules that get an adapter: all-linear, a list of name endings (q_proj,v_proj), or a regular
+    expression."""
 
     lora_modules_to_save: list[str] = Field(default_factory=list)
     """Modules that are trained whole and saved with the adapter, besides a classifier's head."""
@@ -135,7 +138,8 @@ class QuantizationOptions(Options):
     """Quantization of the frozen base"""
 
     load_in_4bit: bool = False
-    """Hold the base in 4 bits (bitsandbytes); with LoRA this is QLoRA (Dettmers et al. 2023, arXiv:2305.14314)."""
+    """Hold the base in 4 bits (bitsandbytes); with LoRA this is QLoRA (Dettmers et al. 2023,
+    arXiv:2305.14314)."""
 
     load_in_8bit: bool = False
     """Hold the base in 8 bits (bitsandbytes LLM.int8)."""
@@ -151,16 +155,19 @@ class DataOptions(Options):
     """Data"""
 
     data: str
-    """Training data: a .json, .jsonl, .csv or .parquet file, a folder of such files or saved with datasets, or a data set's hub id."""
+    """Training data: a .json, .jsonl, .csv or .parquet file, a folder of such files or saved with datasets,
+    or a data set's hub id."""
 
     eval_data: str | None = None
-    """Held-out data in any of these forms. Without it, a split named validation or test in --data, else --eval-fraction."""
+    """Held-out data in any of these forms. Without it, a split named validation or test in --data, else
+    --eval-fraction."""
 
     train_split: str = "train"
     """Name of the training split, where the data has splits."""
 
     eval_split: str | None = None
-    """Name of the held-out split. Without it: validation, valid, eval, dev or test, the first that is there."""
+    """Name of the held-out split. Without it: validation, valid, eval, dev or test, the first that is
+    there."""
 
     eval_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of the training rows that is held out (by --seed) when there is no other held-out data."""
@@ -181,7 +188,8 @@ class DataOptions(Options):
     """Rows over --max-length: leave them out, cut their end, cut a conversation between turns, or stop."""
 
     loss_on: LossTarget = "assistant"
-    """Tokens that are trained: every assistant turn, the last one, the completion, or all. Plain text is always trained whole."""
+    """Tokens that are trained: every assistant turn, the last one, the completion, or all. Plain text is
+    always trained whole."""
 
     packing: bool = False
     """Put several short rows into one sequence; they do not see each other."""
@@ -233,7 +241,8 @@ class TrainingOptions(Options):
     """Peak learning rate."""
 
     lr_scheduler: str = "linear"
-    """Learning rate schedule: linear, cosine, constant, constant_with_warmup, ... (transformers' SchedulerType)."""
+    """Learning rate schedule: linear, cosine, constant, constant_with_warmup, ... (transformers'
+    SchedulerType)."""
 
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     """Share of the steps over which the learning rate rises to its peak."""
@@ -245,7 +254,8 @@ class TrainingOptions(Options):
     """Gradients are scaled down to this norm; 0 leaves them alone."""
 
     optim: str = "adamw_torch"
-    """Optimizer: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit, sgd, ... (transformers' OptimizerNames)."""
+    """Optimizer: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit, sgd, ... (transformers'
+    OptimizerNames)."""
 
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -254,7 +264,8 @@ class TrainingOptions(Options):
     """Seed of the data order, dropout, adapter initialisation and splits."""
 
     eval_every: Interval = "epoch"
-    """When to evaluate: epoch, never, or a number of steps. There is always one evaluation before and one after."""
+    """When to evaluate: epoch, never, or a number of steps. There is always one evaluation before and one
+    after."""
 
     checkpoint_every: Interval = "epoch"
     """When to commit a checkpoint: epoch, never, or a number of steps. There is always one at the end."""
@@ -269,7 +280,8 @@ class TrainingOptions(Options):
     """Processes that prepare batches."""
 
     trainer_args: dict[str, Any] = Field(default_factory=dict)
-    """Any other argument of the installed SFTConfig or TrainingArguments: NAME=VALUE, or a mapping in the YAML file."""
+    """Any other argument of the installed SFTConfig or TrainingArguments: NAME=VALUE, or a mapping in the
+    YAML file."""
 
 
 class LaunchOptions(Options):
@@ -285,7 +297,8 @@ class LaunchOptions(Options):
     """Train on the CPU although there is a GPU."""
 
     mixed_precision: Precision = "auto"
-    """Type of the computation. auto: bf16 on a GPU that has it, else fp16; no on a CPU, where bf16 is slower."""
+    """Type of the computation. auto: bf16 on a GPU that has it, else fp16; no on a CPU, where bf16 is
+    slower."""
 
     deepspeed: str | None = None
     """zero1, zero2, zero3, or the path of a DeepSpeed JSON configuration."""
@@ -307,7 +320,8 @@ class RunOptions(Options):
     """Write final_model/merged/ too: the base with the adapter merged into it."""
 
     sample_prompts: list[str] = Field(default_factory=list, json_schema_extra={"splits_commas": False})
-    """Prompt that the model answers before and after training, printed and recorded. May be given several times."""
+    """Prompt that the model answers before and after training, printed and recorded. May be given several
+    times."""
 
     sample_tokens: int = Field(48, ge=1)
     """Longest answer to a sample prompt, in tokens."""

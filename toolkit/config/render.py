@@ -1,4 +1,5 @@
-"""Write a resolved configuration: as YAML that says where each value comes from, or as experiment_config.json."""
+"""Write a resolved configuration: as YAML that says where each value comes from, or as
+experiment_config.json."""
 
 import json
 import re

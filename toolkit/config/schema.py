@@ -27,11 +27,13 @@ class Option:
     """One option.
 
     Attributes:
-        kind: switch (a bool), integer, number, text, path, choice, list, names (text or a list of names), mapping.
+        kind: switch (a bool), integer, number, text, path, choice, list, names (text or a list of names),
+            mapping.
         choices: the values of a choice, or of each element of a list.
         is_optional: None is a value.
         splits_commas: a list may be given as ``a,b``.
-        elements_are_text: the values of a list or mapping are text, and numbers in a file are taken as written.
+        elements_are_text: the values of a list or mapping are text, and numbers in a file are taken as
+            written.
     """
 
     name: str

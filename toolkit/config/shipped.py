@@ -1,7 +1,8 @@
 """The configuration files that come with the recipes.
 
-There is one copy of each, recipes/configs/NAME.yaml. A checkout reads it there; a wheel carries the same folder as
-toolkit/recipe_files (setup.cfg maps the one onto the other), since recipes/ itself is not a package.
+There is one copy of each, recipes/configs/NAME.yaml. A checkout reads it there; a wheel carries the same
+folder as toolkit/recipe_files (setup.cfg maps the one onto the other), since recipes/ itself is not a
+package.
 """
 
 from pathlib import Path
@@ -13,6 +14,7 @@ FOLDERS = (PACKAGE_FOLDER.parent / "recipes" / "configs", PACKAGE_FOLDER / "reci
 
 
 def shipped_file(recipe: str) -> Path | None:
-    """Return the configuration file of a recipe, or None when it has none. Dashes and underscores are the same."""
+    """Return the configuration file of a recipe, or None when it has none. Dashes and underscores are the
+    same."""
     name = recipe.replace("-", "_") + ".yaml"
     return next((folder / name for folder in FOLDERS if (folder / name).is_file()), None)

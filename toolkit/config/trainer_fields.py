@@ -105,7 +105,8 @@ def enum_values(module: str, class_name: str) -> tuple[str, ...]:
 
 
 def trainer_args_problems(trainer_args: dict[str, Any], task: str) -> Iterator[tuple[str, str]]:
-    """Yield name and problem of every argument that cannot be passed through. Reads nothing when there are none."""
+    """Yield name and problem of every argument that cannot be passed through. Reads nothing when there are
+    none."""
     if not trainer_args:
         return
     module, class_name = TRAINER_CLASSES[task]
@@ -131,7 +132,8 @@ def trainer_args_problems(trainer_args: dict[str, Any], task: str) -> Iterator[t
 
 
 def _source(module: str) -> Path | None:
-    """Return the file of a module of an installed package. Only the finder of the top-level package is asked."""
+    """Return the file of a module of an installed package. Only the finder of the top-level package is
+    asked."""
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top)
     for location in (spec.submodule_search_locations or []) if spec else []:
@@ -174,13 +176,15 @@ def _fields(module: str, class_name: str) -> Iterator[str]:
 
 
 def _imported_from(tree: ast.Module, module: str, name: str) -> str | None:
-    """Return the module that defines ``name``, which ``tree`` imports; None for a class that brings no fields."""
+    """Return the module that defines ``name``, which ``tree`` imports; None for a class that brings no
+    fields."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or name not in {alias.name for alias in node.names}:
             continue
         package = module.split(".")[: -node.level] if node.level else []
         origin = ".".join([*package, *([node.module] if node.module else [])])
-        # `from transformers import TrainingArguments`: the package exports it lazily from a module of its own.
+        # `from transformers import TrainingArguments`: the package exports it lazily from a module of its
+        # own.
         return (
             "transformers.training_args"
             if (origin, name) == ("transformers", "TrainingArguments")

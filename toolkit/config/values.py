@@ -1,4 +1,5 @@
-"""From the raw value of a file or a flag to what an option takes, and from pydantic's errors to plain words."""
+"""From the raw value of a file or a flag to what an option takes, and from pydantic's errors to plain
+words."""
 
 import json
 from pathlib import Path
@@ -66,7 +67,8 @@ def from_file(option: Option, value: Any, text: Any) -> Any:
 
 
 def from_flags(option: Option, given: list[str | bool]) -> Any:
-    """Return the value that pydantic gets, for the values of a flag. Raises ValueError as :func:`from_file`."""
+    """Return the value that pydantic gets, for the values of a flag. Raises ValueError as
+    :func:`from_file`."""
     if option.kind == "mapping":
         merged: dict[str, Any] = {}
         for text in given:

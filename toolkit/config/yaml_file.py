@@ -39,7 +39,8 @@ class Entry:
 
     Attributes:
         value: the value by the core schema of YAML 1.2: None, bool, int, float, str, list or dict.
-        text: the same, but numbers as they were written, for options that are text (``gpu: 0``, ``revision: 1e5``).
+        text: the same, but numbers as they were written, for options that are text (``gpu: 0``,
+            ``revision: 1e5``).
         line: line of the key, from 1.
         lines: line of each key below this one, by its path (("neftune_noise_alpha",) -> 12).
     """
@@ -63,8 +64,8 @@ def read_file(path: str | Path) -> tuple[list[Entry], list[str]]:
     """Read a YAML or JSON file whose top level is a mapping.
 
     Returns:
-        The keys in the order of the file, and the problems found (``run.yaml:3: ...``); the first of two equal
-        keys is kept.
+        The keys in the order of the file, and the problems found (``run.yaml:3: ...``); the first of two
+        equal keys is kept.
 
     Raises:
         ConfigError: the file is not there, cannot be read, or is not YAML: nothing in it can be used.
