@@ -1,0 +1,288 @@
+"""The run's numbers: kept in memory, written as training_history.json and training_metrics.json.
+
+Both files are JSON in the strict sense. Numbers that JSON does not have are strings: ``"NaN"``,
+``"Infinity"``, ``"-Infinity"``; ``float()`` reads each of them back.
+
+A resumed run drops what lies beyond the restored step and goes on, so that the history of a run that was
+killed and resumed is that of the run that was never killed, apart from times and measurements.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from array import array
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from toolkit.durable import write_json, write_text
+from toolkit.errors import RunDirectoryError
+from toolkit.reporting.metrics import summarize
+from toolkit.reporting.pace import Pace
+from toolkit.reporting.records import (
+    CheckpointRecord,
+    EvaluationRecord,
+    Record,
+    RunEnd,
+    RunStart,
+    SampleRecord,
+    StepRecord,
+)
+
+HISTORY_NAME = "training_history.json"
+METRICS_NAME = "training_metrics.json"
+FORMAT_VERSION = 1
+
+COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "num_tokens",
+    "num_trainable_tokens",
+    "total_tokens",
+    "total_trainable_tokens",
+    "step_seconds",
+    "tokens_per_second",
+    "memory_bytes",
+)
+GPU_COLUMNS = ("utilization_percent", "power_watts", "memory_used_bytes")
+
+
+def plain(value: Any) -> Any:
+    """``value`` as strict JSON: NaN and infinities as strings, mappings as dict, sequences as list."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def now_utc() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def as_float(value: float | str | None) -> float:
+    """A number as the history file holds it; None (not measured) is NaN."""
+    return math.nan if value is None else float(value)
+
+
+class Series:
+    """The recorded steps of one participant, a column of doubles each; what was not measured is NaN."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, array[float]] = {name: array("d") for name in (*COLUMNS, *GPU_COLUMNS)}
+
+    def __len__(self) -> int:
+        return len(self.columns["step"])
+
+    def __getitem__(self, column: str) -> "array[float]":
+        return self.columns[column]
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        for name in COLUMNS:
+            self.columns[name].append(as_float(row[name]))
+        gpu = row.get("gpu") or {}
+        for name in GPU_COLUMNS:
+            self.columns[name].append(as_float(gpu.get(name)))
+
+
+class History:
+    """Everything that was recorded of a run so far."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, Any] = {
+            "recipe": "",
+            "title": "",
+            "status": "running",
+            "num_steps": 0,
+            "participants": [],
+        }
+        self.rows: list[tuple[str, str]] = []
+        self.data_check: Mapping[str, Any] | None = None
+        self.end: RunEnd | None = None
+        self.sessions: list[dict[str, Any]] = []
+        self.series: dict[str, Series] = {}
+        self.evaluations: list[dict[str, Any]] = []
+        self.samples: list[dict[str, Any]] = []
+        self.checkpoints: list[dict[str, Any]] = []
+        # One JSON text a recorded step: made once, so that writing a long history again is only a join.
+        self._step_lines: list[str] = []
+
+    def add_step(self, record: StepRecord) -> None:
+        row = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "num_steps"}
+        row["step_seconds"] = round(record.step_seconds, 6)
+        row["tokens_per_second"] = round(record.tokens_per_second, 2)
+        self._append_step(plain(row))
+
+    def add_evaluation(self, record: EvaluationRecord) -> None:
+        """Keep an evaluation; one of the same participant, step and phase (after a resume) is replaced."""
+        entry = plain(dataclasses.asdict(record))
+        entry["train_loss"] = plain(self.train_loss_before(record))
+        self._replace(self.evaluations, entry, ("participant", "step", "phase"))
+
+    def add_sample(self, record: SampleRecord) -> None:
+        self._replace(self.samples, dataclasses.asdict(record), ("participant", "phase", "prompt"))
+
+    def add_checkpoint(self, record: CheckpointRecord) -> None:
+        self._replace(self.checkpoints, dataclasses.asdict(record), ("participant", "step"))
+
+    def train_loss_before(self, record: EvaluationRecord) -> float | None:
+        """Mean training loss of the recorded steps since the participant's evaluation before ``record``."""
+        earlier = [
+            e["step"]
+            for e in self.evaluations
+            if e["participant"] == record.participant
+            and (e["step"], e["phase"]) != (record.step, record.phase)
+        ]
+        first = max((step for step in earlier if step <= record.step), default=0)
+        series = self.series.get(record.participant)
+        if series is None:
+            return None
+        losses = []
+        for step, loss in zip(reversed(series["step"]), reversed(series["loss"]), strict=True):
+            if step <= first:
+                break
+            losses.append(loss)
+        return math.fsum(losses) / len(losses) if losses else None
+
+    def text(self) -> str:
+        """The content of training_history.json: one recorded step a line."""
+        head = json.dumps(plain({"format": FORMAT_VERSION, **self.facts, "sessions": self.sessions}), **_JSON)
+        tail = {"evaluations": self.evaluations, "samples": self.samples, "checkpoints": self.checkpoints}
+        lists = [
+            f'"{name}": [{_lines([json.dumps(e, **_JSON) for e in entries])}]'
+            for name, entries in tail.items()
+        ]
+        steps = f'"steps": [{_lines(self._step_lines)}]'
+        return ",\n".join([head[:-1], *lists, steps]) + "\n}\n"
+
+    @classmethod
+    def load(cls, path: Path, restored_steps: Mapping[str, int]) -> "History":
+        """Read a history back, up to the restored step of each participant (0 for one that is not named).
+
+        Raises:
+            RunDirectoryError: the file is damaged, or of a version that this code does not read.
+        """
+        history = cls()
+        if not path.exists():
+            return history
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT_VERSION:
+                raise ValueError(f"format {content['format']}, not {FORMAT_VERSION}")
+            history._restore(content, restored_steps)
+        except (ValueError, KeyError, TypeError) as error:
+            hint = "move the file away to resume without the history so far"
+            raise RunDirectoryError(f"{path}: not a training history ({error})", hint=hint) from error
+        return history
+
+    def _restore(self, content: Mapping[str, Any], restored_steps: Mapping[str, int]) -> None:
+        def kept(entry: Mapping[str, Any]) -> bool:
+            return entry["step"] <= restored_steps.get(entry["participant"], 0)
+
+        self.facts = {name: content[name] for name in self.facts} | {"status": "running"}
+        self.sessions = content["sessions"]
+        self.evaluations = [entry for entry in content["evaluations"] if kept(entry)]
+        self.checkpoints = [entry for entry in content["checkpoints"] if kept(entry)]
+        self.samples = content["samples"]
+        for row in content["steps"]:
+            if kept(row):
+                self._append_step(row)
+
+    def _append_step(self, row: Mapping[str, Any]) -> None:
+        self.series.setdefault(row["participant"], Series()).append(row)
+        self._step_lines.append(json.dumps(row, **_JSON))
+
+    @staticmethod
+    def _replace(entries: list[dict[str, Any]], entry: dict[str, Any], key: tuple[str, ...]) -> None:
+        entries[:] = [e for e in entries if any(e[name] != entry[name] for name in key)]
+        entries.append(entry)
+
+
+_JSON: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False}
+
+
+def _lines(texts: list[str]) -> str:
+    return "\n  " + ",\n  ".join(texts) + "\n" if texts else ""
+
+
+class HistoryWriter:
+    """Listener that keeps the :class:`History` and writes it, not at every step of a fast run.
+
+    The files are written at most every two seconds while steps come in, soon after an evaluation or a
+    checkpoint, and at every :meth:`flush`; a history that takes long to write is written more seldom (at
+    most 5 % of the time).
+
+    Args:
+        run_dir: exists.
+        logging_steps: every how many steps one is recorded, besides the first, the last and every non-finite
+            one.
+        restored_steps: see :func:`toolkit.reporting.listeners.build`.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, logging_steps: int = 1, restored_steps: Mapping[str, int] | None = None
+    ) -> None:
+        self._run_dir = run_dir
+        self._logging_steps = logging_steps
+        path = run_dir / HISTORY_NAME
+        self.history = History() if restored_steps is None else History.load(path, restored_steps)
+        self._pace = Pace(interval_seconds=2.0, max_share=0.05)
+        self._started = time.monotonic()
+        self._session = {
+            "started": now_utc(),
+            "wall_seconds": 0.0,
+            "resumed_from": dict(restored_steps or {}),
+        }
+        self.history.sessions.append(self._session)
+
+    def handle(self, record: Record) -> None:
+        history = self.history
+        if isinstance(record, StepRecord):
+            if self._is_recorded(record):
+                history.add_step(record)
+                if self._pace.is_due():
+                    self.flush()
+            return
+        if isinstance(record, RunStart):
+            names = list(dict.fromkeys([*history.facts["participants"], *record.participants]))
+            history.facts |= {"recipe": record.recipe, "title": record.title, "num_steps": record.num_steps}
+            history.facts["participants"] = names
+            history.rows, history.data_check = record.rows, record.data_check
+        elif isinstance(record, EvaluationRecord):
+            history.add_evaluation(record)
+        elif isinstance(record, SampleRecord):
+            history.add_sample(record)
+        elif isinstance(record, CheckpointRecord):
+            history.add_checkpoint(record)
+        elif isinstance(record, RunEnd):
+            history.facts["status"] = record.status
+            history.end = record
+        else:
+            return
+        if isinstance(record, RunEnd) or self._pace.is_due(urgent=True):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write both files now."""
+        self._session["wall_seconds"] = round(time.monotonic() - self._started, 3)
+        with self._pace.measured():
+            write_text(self._run_dir / HISTORY_NAME, self.history.text())
+            write_json(self._run_dir / METRICS_NAME, plain(summarize(self.history)))
+
+    def close(self) -> None:
+        if self.history.facts["status"] == "running":
+            self.history.facts["status"] = "failed"
+        self.flush()
+
+    def _is_recorded(self, record: StepRecord) -> bool:
+        regular = (
+            record.step == 1 or record.step == record.num_steps or record.step % self._logging_steps == 0
+        )
+        return regular or not math.isfinite(record.loss)
