@@ -1,0 +1,229 @@
+"""Data from anywhere: a file, a folder of files, a data set saved with ``datasets``, or a hub id."""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.data.files import SUFFIXES, Table, make_table, read_file
+from toolkit.errors import DataError
+
+EVALUATION_SPLITS = ("validation", "valid", "eval", "dev", "test")
+SPLIT_NAMES = ("train", *EVALUATION_SPLITS)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+LOCALE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
+
+__all__ = ["EVALUATION_SPLITS", "Source", "Table", "open_source", "read_table"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source whose splits are known and read one by one.
+
+    Args:
+        name: what the user gave.
+        splits: split name -> function that reads it. A single unnamed table has the name "train".
+        is_named: False for a single file that names no split.
+    """
+
+    name: str
+    splits: Mapping[str, Callable[[], Table]]
+    is_named: bool
+
+    def table(self, split: str) -> Table:
+        """Read one split.
+
+        Raises:
+            DataError: no such split, or the file cannot be read.
+        """
+        if split not in self.splits:
+            near = difflib.get_close_matches(split, self.splits, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise DataError(
+                f"{self.name} has no split named {split!r}{meant}", hint=f"splits: {', '.join(self.splits)}"
+            )
+        return self.splits[split]()
+
+
+def read_table(source: str, *, split: str | None = None, revision: str | None = None) -> Table:
+    """Read one split of ``source`` ("train" when it is not named).
+
+    Args:
+        source: file, folder, saved data set or hub id.
+        split: name of the split.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        DataError: the source is missing, broken or has no such split.
+    """
+    opened = open_source(source, revision=revision)
+    return opened.table(split or ("train" if "train" in opened.splits else next(iter(opened.splits))))
+
+
+def open_source(source: str, *, revision: str | None = None) -> Source:
+    """Find out what ``source`` is and which splits it has. Files are read only when a split is asked for.
+
+    Raises:
+        DataError: nothing of that name here or on the hub, or a folder without data.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _saved_dataset(path)
+        return _folder(path)
+    if path.is_file():
+        return _single_file(path)
+    # A hub id has at most one slash and no data file's ending; a name in a folder that exists was meant as a path.
+    looks_like_hub_id = HUB_ID.fullmatch(source) and path.suffix.lower() not in SUFFIXES
+    if looks_like_hub_id and ("/" not in source or not path.parent.is_dir()):
+        return _hub(source, revision)
+    raise _missing(path)
+
+
+def _missing(path: Path) -> DataError:
+    folder = path.parent
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if folder != path.parent:
+        return DataError(
+            f"{path} does not exist: there is no folder {path.parent}", hint="give the path of a data file"
+        )
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return DataError(
+        f"{path} does not exist", hint=f"did you mean {folder / near[0]}?" if near else f"look in {folder}"
+    )
+
+
+def _single_file(path: Path) -> Source:
+    tables = read_file(path)
+    if set(tables) == {""}:
+        return Source(str(path), {"train": lambda: tables[""]}, is_named=False)
+    return Source(
+        str(path), {name: (lambda table=table: table) for name, table in tables.items()}, is_named=True
+    )
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a file name says: train.json, validation-00000-of-00002.parquet, my.test.csv."""
+    for part in re.split(r"[._-]", path.stem.lower()):
+        if part in SPLIT_NAMES:
+            return part
+    return None
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(
+        p
+        for p in folder.iterdir()
+        if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith(".")
+    )
+
+
+def _folder(folder: Path) -> Source:
+    groups: dict[str, list[tuple[Path, str | None]]] = {}
+    files = [(path, None) for path in _data_files(folder)]
+    for sub in sorted(
+        entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    ):
+        locale = sub.name if LOCALE.fullmatch(sub.name) and sub.name not in SPLIT_NAMES else None
+        if locale or sub.name == "data":
+            files += [(path, locale) for path in _data_files(sub)]
+    for path, locale in files:
+        split = _split_of(path)
+        if split:
+            groups.setdefault(split, []).append((path, locale))
+    if not groups:
+        if len(files) == 1:
+            return _single_file(files[0][0])
+        found = ", ".join(path.name for path, _ in files[:8]) or "no data files"
+        raise DataError(
+            f"{folder}: no file is named after a split ({found})",
+            hint="name them train.jsonl, validation.jsonl, test.jsonl (or .json, .csv, .parquet), or give one file",
+        )
+    ordered = [name for name in SPLIT_NAMES if name in groups]
+    return Source(
+        str(folder), {name: (lambda name=name: _join(folder, name, groups[name])) for name in ordered}, True
+    )
+
+
+def _join(folder: Path, split: str, files: list[tuple[Path, str | None]]) -> Table:
+    tables = []
+    for path, locale in files:
+        found = read_file(path)
+        table = found[""] if "" in found else found.get(split) or next(iter(found.values()))
+        if locale and "locale" not in table.columns:
+            rows = [{**row, "locale": locale} for row in table.rows]
+            table = Table(table.source, rows, (*table.columns, "locale"), table.places, table.unit)
+        tables.append(table)
+    if len(tables) == 1:
+        return tables[0]
+    return _Joined.of(f"{folder} [{split}]", tables)
+
+
+@dataclass(frozen=True)
+class _Joined(Table):
+    """Several files one after another; a row knows the file that it is from."""
+
+    origins: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(source: str, tables: list[Table]) -> "_Joined":
+        rows = [dict(row) for table in tables for row in table.rows]
+        origins = tuple(table.where(index) for table in tables for index in range(len(table)))
+        checked = make_table(source, rows, range(1, len(rows) + 1), "row")
+        return _Joined(source, rows, checked.columns, checked.places, "row", origins)
+
+    def where(self, index: int) -> str:
+        return self.origins[self.places[index] - 1]
+
+    def select(self, indices: Any) -> "_Joined":
+        part = super().select(indices)
+        return _Joined(self.source, part.rows, self.columns, part.places, self.unit, self.origins)
+
+
+def _saved_dataset(folder: Path) -> Source:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{folder} is a damaged saved data set ({error})") from error
+    return _from_datasets(str(folder), loaded)
+
+
+def _hub(name: str, revision: str | None) -> Source:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, revision=revision)
+    except Exception as error:  # the hub client raises a dozen classes of its own, requests' and httpx's
+        kind = type(error).__name__
+        raise DataError(
+            f"{name} is neither a file or folder here nor a data set that could be loaded from the hub ({kind}: "
+            f"{str(error).splitlines()[0][:160] if str(error) else 'no message'})",
+            hint="check the spelling; without a network give a local file or folder",
+        ) from error
+    return _from_datasets(name, loaded)
+
+
+def _from_datasets(name: str, loaded: Any) -> Source:
+    import datasets
+
+    def reader(split: str, data: Any) -> Callable[[], Table]:
+        def read() -> Table:
+            labels = {c: f for c, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
+            rows = data.to_list()
+            for column, feature in labels.items():
+                for row in rows:
+                    if row[column] is not None:
+                        row[column] = feature.int2str(row[column])
+            return make_table(f"{name} [{split}]", rows, range(1, len(rows) + 1), "row")
+
+        return read
+
+    if isinstance(loaded, datasets.Dataset):
+        return Source(name, {"train": reader("train", loaded)}, is_named=False)
+    return Source(name, {str(s): reader(str(s), d) for s, d in loaded.items()}, is_named=True)
