@@ -93,7 +93,6 @@ def _completion(argv: list[str]) -> int:
 
 def _unknown(what: str, word: str, valid: list[str], help_command: str) -> int:
     kind = "option" if word.startswith("-") else what
-    err(
-        f"error: unknown {kind} '{word}'{did_you_mean(word, valid)}\n  hint: {help_command} lists what there is"
-    )
+    err(f"error: unknown {kind} '{word}'{did_you_mean(word, valid)}")
+    err(f"  hint: {help_command} lists what there is")
     return INPUT_WRONG

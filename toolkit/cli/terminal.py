@@ -17,8 +17,8 @@ def width() -> int:
 def styled(text: str, style: str, stream: TextIO | None = None) -> str:
     """Return ``text`` in a style when ``stream`` (standard output) is a terminal; NO_COLOR and TERM=dumb
     count."""
-    stream = stream or sys.stdout
-    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    target: TextIO = sys.stdout if stream is None else stream
+    if not target.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return f"\x1b[{style}m{text}\x1b[0m"
 

@@ -48,7 +48,8 @@ REQUEST_HELP = {
     "The name of a recipe stands for the file that comes with it.",
     "--dry-run": "Print the resolved configuration, the launch plan and the command, and start nothing.",
     "--print-config": "Print the resolved configuration as YAML, with the origin of each value, and stop.",
-    "--save-config [FILE]": "Write the resolved configuration; without FILE: experiment_config.json in --output-dir.",
+    "--save-config [FILE]": "Write the resolved configuration; without FILE: experiment_config.json in "
+    "--output-dir.",
     "--debug": "Show the traceback of an error.",
     "-h, --help": "Show this help and stop.",
 }

@@ -161,7 +161,7 @@ HERE: dict[str, tuple[str, str]] = {
 
 # Removed for good; there is nothing to write instead.
 GONE: dict[str, str] = {
-    "use_liger_kernel": "it is not an option here; trainer_args takes it where the installed versions have it",
+    "use_liger_kernel": "it is not an option here; write it under 'trainer_args'",
     "save_safetensors": "it is gone: weights are always written as safetensors",
     "tpu_num_cores": "it is gone from transformers",
     "jit_mode_eval": "it is gone from transformers",

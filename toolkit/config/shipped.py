@@ -10,7 +10,7 @@ from pathlib import Path
 import toolkit
 
 PACKAGE_FOLDER = Path(toolkit.__file__).parent
-FOLDERS = (PACKAGE_FOLDER.parent / "recipes" / "configs", PACKAGE_FOLDER / "recipe_files")
+FOLDERS = (PACKAGE_FOLDER / "recipe_files", PACKAGE_FOLDER.parent / "recipes" / "configs")
 
 
 def shipped_file(recipe: str) -> Path | None:
