@@ -1,3 +1,1 @@
 """Kernels of the merge engine: an fp64 reference, a torch and a Triton implementation of each merge rule."""
-
-__version__ = "0.1.0"
