@@ -142,8 +142,6 @@ def _choose_gpus(
     options: LaunchOptions, environ: Mapping[str, str], started: LaunchedWorld | None, notes: list[str]
 ) -> list[devices.Gpu]:
     """GPUs to use, or none: then the CPU."""
-    if options.cpu and options.gpu is not None:
-        raise LaunchError(f"--cpu and --gpu {options.gpu} contradict each other", hint="give one of them")
     if options.cpu or (started is not None and started.asks_cpu and options.gpu is None):
         notes.append("device cpu: --cpu was given" if options.cpu else "device cpu: the launcher was told so")
         return []
@@ -152,6 +150,11 @@ def _choose_gpus(
         ignored = f"; --gpu {options.gpu} is ignored, training on the CPU" if options.gpu is not None else ""
         notes.append(f"device cpu: no NVIDIA GPU here{ignored}")
         return []
+    if started is not None and started.asks_cpu:
+        raise LaunchError(
+            f"--gpu {options.gpu}, but {started.launcher} was told to use the CPU",
+            hint="leave out --gpu, or the --cpu of the launcher",
+        )
     visible = devices.visible_gpus(on_machine, environ)
     gpus = visible if options.gpu is None else _asked_gpus(options.gpu, on_machine, visible, environ)
     if not gpus:
@@ -163,7 +166,7 @@ def _choose_gpus(
     if devices.torch_is_cpu_only(build):
         raise LaunchError(
             f"this machine has a GPU ({on_machine[0].model}), but torch {build} was built for CPUs only",
-            hint="install a CUDA build of torch (`make clean setup` chooses it), or train on the CPU with --cpu",
+            hint="install a CUDA build of torch (`make clean setup` chooses it), or train with --cpu",
         )
     why = f"--gpu {options.gpu}" if options.gpu is not None else "all GPUs that are visible"
     notes.append(f"device cuda: {why}: {', '.join(f'{gpu.name} ({gpu.model})' for gpu in gpus)}")
@@ -185,11 +188,9 @@ def _asked_gpus(
             )
         if known[name] not in visible:
             raise LaunchError(
-                f"--gpu {text}: GPU {name} is hidden by CUDA_VISIBLE_DEVICES={environ['CUDA_VISIBLE_DEVICES']!r}",
+                f"--gpu {text}: CUDA_VISIBLE_DEVICES={environ['CUDA_VISIBLE_DEVICES']} hides GPU {name}",
                 hint="unset CUDA_VISIBLE_DEVICES, or choose among the GPUs that it leaves",
             )
-    if len(set(names)) != len(names):
-        raise LaunchError(f"--gpu {text} names a GPU twice", hint="two processes cannot share a GPU")
     return [known[name] for name in names]
 
 
@@ -274,8 +275,6 @@ def _check_quantization(config: Options, stage: int | None, precision: str, note
     if not isinstance(config, QuantizationOptions) or not (config.load_in_4bit or config.load_in_8bit):
         return None
     flag = "--load-in-4bit" if config.load_in_4bit else "--load-in-8bit"
-    if config.load_in_4bit and config.load_in_8bit:
-        raise LaunchError("--load-in-4bit and --load-in-8bit contradict each other", hint="give one of them")
     if not deepspeed.is_installed("bitsandbytes"):
         raise MissingDependencyError("bitsandbytes", purpose=flag)
     if stage != 3:
