@@ -112,7 +112,8 @@ def parse(text: str, file_name: str) -> tuple[list[Entry], list[str]]:
         raise YamlProblem(*_plain_words(error, text)) from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        raise YamlProblem(f"the character U+{ord(str(error.character)):04X} is not allowed", line) from None
+        code = error.character if isinstance(error.character, int) else ord(error.character)
+        raise YamlProblem(f"the character U+{code:04X} is not allowed", line) from None
     if root is None or (isinstance(root, yaml.ScalarNode) and not root.value.strip() and root.style is None):
         raise YamlProblem("the file is empty; write NAME: VALUE lines")
     if not isinstance(root, yaml.MappingNode):
