@@ -72,6 +72,9 @@ class _Starter:
         # Read by torch, accelerate and DeepSpeed while they are imported.
         os.environ.update(plan.environment())
         self.has_begun = True
+        from toolkit.reporting.libraries import quiet_libraries
+
+        quiet_libraries(loaded.config.log_level)
         from toolkit.rounds.centralized import run
 
         return run(loaded.config, plan)

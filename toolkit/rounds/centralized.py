@@ -1,0 +1,346 @@
+"""Centralized training: the loop of all recipes with one participant and no merge."""
+
+import contextlib
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import transformers
+from accelerate.utils import broadcast_object_list
+
+from toolkit.data.collate import Collator
+from toolkit.data.prepare import Prepared, prepare
+from toolkit.durable import STAGING_PREFIX, commit_folder, discard_folder
+from toolkit.errors import Interrupted, MeldkitError
+from toolkit.evaluation.answers import answer
+from toolkit.launch.plan import LaunchPlan
+from toolkit.modeling.adapters import add_adapter
+from toolkit.modeling.final import merge_adapter, write_card
+from toolkit.modeling.load import load_base, load_model_config, load_tokenizer
+from toolkit.modeling.source import find_model, model_fingerprint
+from toolkit.reporting import environment, listeners, resources
+from toolkit.reporting.history import plain
+from toolkit.reporting.records import (
+    CheckpointRecord,
+    EvaluationRecord,
+    MessageRecord,
+    RunEnd,
+    RunStart,
+    SampleRecord,
+    StepRecord,
+)
+from toolkit.rounds.boundaries import Boundaries
+from toolkit.rounds.checkpoints import CheckpointStore
+from toolkit.rounds.run_directory import CONFIG_NAME, RunDirectory
+from toolkit.rounds.signals import StopRequest
+from toolkit.rounds.summary import configuration_rows, result_rows
+from toolkit.training.arguments import build_arguments
+from toolkit.training.contract import ParticipantTrainer, StepStatistics, TrainerSetup, build_trainer
+from toolkit.training.world import assert_world, prepare_world, training_arguments
+
+logger = logging.getLogger(__name__)
+
+PARTICIPANT = "model"
+RECIPE = "centralized-hf"
+
+
+def run(config: Any, plan: LaunchPlan) -> int:
+    """Train one model on all the data; returns the exit status.
+
+    Raises:
+        MeldkitError: of the kinds in ``toolkit.errors``; the run directory then says how far it came.
+    """
+    prepare_world(plan)
+    processes = accelerate.PartialState()
+    directory = RunDirectory(
+        Path(config.output_dir),
+        config.model_dump(mode="json"),
+        recipe=RECIPE,
+        resume=config.resume,
+        is_main_process=processes.is_main_process,
+    )
+    try:
+        return CentralizedRun(config, plan, directory, processes).run()
+    finally:
+        directory.close()
+
+
+class CentralizedRun:
+    """One run: prepares data and model, drives the trainer from boundary to boundary, writes what comes out."""
+
+    def __init__(self, config: Any, plan: LaunchPlan, directory: RunDirectory, processes: Any) -> None:
+        self.config = config
+        self.plan = plan
+        self.directory = directory
+        self.processes = processes
+        self.store = CheckpointStore(
+            directory.path, PARTICIPANT, directory.journal, keep=config.keep_checkpoints, process_state=processes
+        )
+        self.listener: Any = listeners.Listeners()
+        self.trainer: Any = None
+        self.stop = StopRequest(self._announce_stop)
+
+    def run(self) -> int:
+        if self.directory.is_finished:
+            self.listener = self._listen(None)
+            with self.listener:
+                self._say("info", f"the run in {self.directory.path} is complete; nothing is left to do")
+            return 0
+        tokenizer, prepared, facts = self._prepare_data()
+        self.directory.check_facts(facts)
+        checkpoint = self._find_checkpoint()
+        self.trainer = self._build_trainer(tokenizer, prepared)
+        self.directory.begin(facts, environment.describe() | {"plan": self.plan.as_dict()})
+        self.listener = self._listen(_step_of(checkpoint) if self.config.resume else None)
+        with self.listener, contextlib.closing(self.trainer):
+            try:
+                self._train(tokenizer, prepared, checkpoint)
+            except MeldkitError as error:
+                self._end("interrupted" if isinstance(error, Interrupted) else "failed", error=error.message)
+                raise
+            except BaseException as error:
+                self._end("failed", error=f"{type(error).__name__}: {error}")
+                logger.debug("the run failed", exc_info=True)
+                raise
+        return 0
+
+    # Preparation
+
+    def _prepare_data(self) -> tuple[Any, Prepared, dict[str, Any]]:
+        """Tokenizer, prepared rows, and the facts on which the run stands."""
+        config = self.config
+        model_config = load_model_config(config)
+        tokenizer = load_tokenizer(config)
+        with self.processes.main_process_first():  # the others read what the first one has put into the cache
+            prepared = prepare(config, tokenizer, config.task, seed=config.seed)
+        commit = getattr(model_config, "_commit_hash", None)
+        facts = {
+            "data_fingerprint": prepared.fingerprint,
+            "model_fingerprint": model_fingerprint(find_model(config.model), config.revision, commit),
+            "num_processes": self.processes.num_processes,
+        }
+        return tokenizer, prepared, facts
+
+    def _find_checkpoint(self) -> Path | None:
+        found: list[Any] = [None]
+        if self.processes.is_main_process:
+            self.store.recover()
+            found = [self.store.latest()]
+            self.store.forget_after(_step_of(found[0]))
+        if self.processes.num_processes > 1:
+            broadcast_object_list(found)
+        return found[0]
+
+    def _build_trainer(self, tokenizer: Any, prepared: Prepared) -> ParticipantTrainer:
+        config = self.config
+        world = training_arguments(self.plan, config)
+        # Under ZeRO-3 the model is sharded while it is loaded, if these arguments exist by then.
+        sharding = build_arguments(config, world, self.store.staging) if self.plan.zero_stage == 3 else None
+        transformers.set_seed(config.seed)
+        local_rank = self.processes.local_process_index
+        model = load_base(config, self.plan, label_names=prepared.label_names, local_rank=local_rank)
+        is_lora = config.finetuning == "lora"
+        if is_lora:
+            model = add_adapter(model, config)
+        del sharding
+        setup = TrainerSetup(
+            name=PARTICIPANT,
+            model=model,
+            adapter="default" if is_lora else None,
+            tokenizer=tokenizer,
+            train=prepared.train,
+            evaluation=prepared.evaluation,
+            collator=Collator(tokenizer.pad_token_id, config.task, packing=config.packing),
+            config=config,
+            world=world,
+            staging=self.store.staging,
+            on_step=self._on_step,
+            stop_requested=self.stop,
+        )
+        trainer = build_trainer("hf", setup)
+        assert_world(self.plan, trainer.accelerator)
+        return trainer
+
+    # The loop
+
+    def _train(self, tokenizer: Any, prepared: Prepared, checkpoint: Path | None) -> None:
+        config, trainer, began = self.config, self.trainer, time.monotonic()
+        trainer.start(checkpoint)
+        self.listener.handle(self._run_start(prepared, trainer))
+        for note in self.plan.notes:
+            self._say("debug", note)
+        for problem in prepared.report.problems:
+            self._say("warning", f"data check, skipped as asked: {problem}")
+        if checkpoint is not None:
+            self._say("info", f"resumed after step {trainer.step} of {trainer.num_steps}")
+        boundaries = Boundaries(
+            trainer.num_steps,
+            trainer.num_steps_per_epoch,
+            eval_every=config.eval_every if prepared.evaluation is not None else "never",
+            checkpoint_every=config.checkpoint_every,
+        )
+        if trainer.step == 0:
+            self._answer_samples(tokenizer, "before")
+            self._evaluate("before")
+        with self.stop:
+            while trainer.step < trainer.num_steps:
+                self._go_to(boundaries)
+            self._evaluate("after")
+            self._commit()
+        self._answer_samples(tokenizer, "after")
+        self._hand_over(tokenizer, prepared, time.monotonic() - began)
+
+    def _go_to(self, boundaries: Boundaries) -> None:
+        """Train to the next boundary and do what is due there; leave where a stop was asked for."""
+        trainer = self.trainer
+        reached = trainer.fit(boundaries.next_after(trainer.step))
+        if reached and boundaries.evaluate_at(trainer.step):
+            self._evaluate("during")
+        if not reached or boundaries.checkpoint_at(trainer.step):
+            self._commit()
+        if not reached:
+            raise Interrupted(
+                f"interrupted by {self.stop.received or 'another process'} after step {trainer.step}",
+                hint=f"continue with: {self._resume_command()}",
+            )
+
+    def _on_step(self, step: StepStatistics) -> None:
+        if not self.processes.is_main_process:
+            return
+        sampled = resources.snapshot()
+        self.listener.handle(
+            StepRecord(
+                participant=PARTICIPANT,
+                step=step.step,
+                epoch=step.epoch,
+                num_steps=self.trainer.num_steps,
+                loss=step.loss,
+                learning_rate=step.learning_rate,
+                grad_norm=step.grad_norm,
+                num_tokens=step.num_tokens,
+                num_trainable_tokens=step.num_trainable_tokens,
+                total_tokens=step.total_tokens,
+                total_trainable_tokens=step.total_trainable_tokens,
+                step_seconds=step.seconds,
+                tokens_per_second=step.num_tokens / step.seconds,
+                memory_bytes=sampled.get("cuda_peak_reserved_bytes") or sampled["peak_rss_bytes"],
+                gpu=resources.gpu_of_run(sampled["gpus"]),
+                batch_digest=step.batch_digest,
+            )
+        )
+
+    def _evaluate(self, phase: Any) -> None:
+        began = time.monotonic()
+        metrics = self.trainer.evaluate()
+        if not metrics:
+            return
+        step = self.trainer.step
+        self.directory.journal.append(
+            "evaluation", participant=PARTICIPANT, step=step, phase=phase, metrics=plain(metrics)
+        )
+        self.listener.handle(
+            EvaluationRecord(
+                participant=PARTICIPANT,
+                step=step,
+                epoch=self.trainer.epoch,
+                phase=phase,
+                metrics=metrics,
+                seconds=time.monotonic() - began,
+            )
+        )
+
+    def _commit(self) -> None:
+        self.listener.flush()
+        folder = self.store.commit(self.trainer)
+        self.listener.handle(CheckpointRecord(participant=PARTICIPANT, step=self.trainer.step, path=str(folder)))
+
+    def _answer_samples(self, tokenizer: Any, phase: Any) -> None:
+        config = self.config
+        if not config.sample_prompts or config.task != "causal-lm" or not self.processes.is_main_process:
+            return
+        if self.plan.zero_stage == 3:
+            self._say("warning", "sample prompts are not answered under ZeRO-3, where no process has the whole model")
+            return
+        for prompt in config.sample_prompts:
+            text = answer(
+                self.trainer.model,
+                tokenizer,
+                prompt,
+                num_tokens=config.sample_tokens,
+                device=self.trainer.accelerator.device,
+            )
+            self.directory.journal.append("sample", phase=phase, prompt=prompt, answer=text)
+            self.listener.handle(SampleRecord(participant=PARTICIPANT, phase=phase, prompt=prompt, answer=text))
+
+    # The end
+
+    def _hand_over(self, tokenizer: Any, prepared: Prepared, seconds: float) -> None:
+        """Write final_model/ whole and close the journal."""
+        final = self.directory.path / "final_model"
+        staged = self.directory.path / f"{STAGING_PREFIX}final_model"
+        if self.processes.is_main_process:
+            staged.mkdir(parents=True)
+        self.processes.wait_for_everyone()
+        self.trainer.save_model(staged)
+        self.processes.wait_for_everyone()
+        if not self.processes.is_main_process:
+            return
+        config = self.config
+        rows = result_rows(self.directory.journal, self.trainer, seconds)
+        is_lora = config.finetuning == "lora"
+        write_card(staged, recipe=RECIPE, base=config.model, is_adapter=is_lora, rows=rows)
+        if config.merge_final and is_lora:
+            labels = {"label_names": prepared.label_names} if prepared.label_names else {}
+            difference = merge_adapter(config, self.plan, staged, staged / "merged", tokenizer, **labels)
+            rows.append(("Merged model, largest difference of logits", f"{difference:.2e}"))
+        if final.exists():
+            discard_folder(final)
+        commit_folder(staged, final, {"step": self.trainer.step})
+        self.directory.journal.append("finished", step=self.trainer.step)
+        self._end("done", summary=rows, paths=[("Model saved to", str(final))])
+
+    def _end(self, status: Any, *, summary: Any = (), paths: Any = (), error: str | None = None) -> None:
+        if status != "done" and self.processes.is_main_process:
+            step = self.trainer.step if self.trainer is not None else 0
+            self.directory.journal.append(status, step=step, error=error)
+        run_dir = self.directory.path
+        places = [*paths, ("Run directory", str(run_dir)), ("Report", str(run_dir / "report.html"))]
+        self.listener.handle(RunEnd(status=status, summary=list(summary), paths=places, error=error))
+
+    # Words
+
+    def _listen(self, restored_step: int | None) -> Any:
+        history = None if restored_step is None else {PARTICIPANT: restored_step}
+        return listeners.build(
+            self.directory.path,
+            self.config,
+            is_main_process=self.processes.is_main_process,
+            resumed_history=history,
+        )
+
+    def _run_start(self, prepared: Prepared, trainer: Any) -> RunStart:
+        return RunStart(
+            recipe=RECIPE,
+            title=self.config.run_name or self.directory.path.name,
+            rows=configuration_rows(self.config, self.plan, prepared, trainer),
+            num_steps=trainer.num_steps,
+            participants=[PARTICIPANT],
+            num_epochs=trainer.num_steps / trainer.num_steps_per_epoch,
+            data_check=prepared.report.as_dict(),
+        )
+
+    def _say(self, level: Any, text: str) -> None:
+        self.listener.handle(MessageRecord(level=level, text=text))
+
+    def _announce_stop(self, name: str) -> None:
+        if self.processes.is_main_process:
+            self._say("warning", f"{name}: finishing this step and committing a checkpoint; once more leaves at once")
+
+    def _resume_command(self) -> str:
+        return f"meldkit train {RECIPE} --config {self.directory.path / CONFIG_NAME} --resume"
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])

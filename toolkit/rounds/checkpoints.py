@@ -1,0 +1,136 @@
+"""Checkpoints of a participant: committed whole, found again, deleted only when newer ones are safe.
+
+``<run>/<participant>/checkpoints/checkpoint-00000120/`` is complete when it is there, and counts once the journal says
+so. Whatever else lies there comes from a process that was killed, and is removed when the run goes on.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from toolkit.durable import STAGING_PREFIX, clear_leftovers, commit_folder, discard_folder, verify_folder
+from toolkit.errors import CheckpointError
+from toolkit.rounds.journal import Journal
+from toolkit.training.contract import ParticipantTrainer
+
+logger = logging.getLogger(__name__)
+
+FREE_SPACE_FACTOR = 1.1
+"""Free space that must be there before a checkpoint is begun, in sizes of the checkpoint before it."""
+
+
+class CheckpointStore:
+    """The checkpoints of one participant.
+
+    Args:
+        run_dir: the run directory.
+        participant: the participant's name.
+        journal: of the run.
+        keep: how many are kept.
+        process_state: accelerate's PartialState: who is the first process, and the barrier between all.
+    """
+
+    def __init__(self, run_dir: Path, participant: str, journal: Journal, *, keep: int, process_state: Any) -> None:
+        self.folder = run_dir / participant / "checkpoints"
+        self.staging = self.folder / f"{STAGING_PREFIX}work"
+        self._participant = participant
+        self._journal = journal
+        self._keep = keep
+        self._processes = process_state
+
+    def commit(self, trainer: ParticipantTrainer) -> Path:
+        """Save the trainer's state durably and return the folder. On all processes.
+
+        Raises:
+            CheckpointError: the disk is full or fails; earlier checkpoints are untouched.
+        """
+        final = self.folder / f"checkpoint-{trainer.step:08d}"
+        if any(r["step"] == trainer.step for r in self._committed()):
+            return final
+        self._check_free_space()
+        try:
+            staged = trainer.save()
+            self._processes.wait_for_everyone()
+            if self._processes.is_main_process:
+                facts = {"participant": self._participant, "step": trainer.step}
+                manifest = commit_folder(staged, final, facts)
+                num_bytes = sum(file["num_bytes"] for file in manifest["files"].values())
+                self._journal.append(
+                    "checkpoint", participant=self._participant, step=trainer.step, path=final.name, num_bytes=num_bytes
+                )
+                self._prune()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {trainer.step} could not be written to {self.folder}: {error}",
+                hint="make room on the disk and run the same command with --resume; earlier checkpoints are intact",
+            ) from error
+        self._processes.wait_for_everyone()
+        return final
+
+    def latest(self) -> Path | None:
+        """The newest committed checkpoint whose files are what was committed; None when there never was one.
+
+        Raises:
+            CheckpointError: there were checkpoints and none is intact: the run must not begin again unnoticed.
+        """
+        records = self._committed()
+        for record in reversed(records):
+            folder = self.folder / record["path"]
+            try:
+                verify_folder(folder)
+            except CheckpointError as error:
+                logger.warning("%s; falling back to the checkpoint before it", error)
+                continue
+            return folder
+        if records:
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} is intact", hint="start again in another --output-dir"
+            )
+        return None
+
+    def recover(self) -> None:
+        """Remove what a killed process left behind, and checkpoints that the journal does not know."""
+        clear_leftovers(self.folder)
+        if not self.folder.is_dir():
+            return
+        known = {record["path"] for record in self._committed()}
+        for folder in self.folder.iterdir():
+            if folder.is_dir() and folder.name not in known:
+                discard_folder(folder)
+
+    def forget_after(self, step: int) -> None:
+        """Discard committed checkpoints of later steps (damaged ones, after a fall-back): they will be made again."""
+        for record in self._committed():
+            if record["step"] > step:
+                self._delete(record)
+
+    def _committed(self) -> list[dict[str, Any]]:
+        deleted = {r["checkpoint"] for r in self._journal.records("checkpoint_deleted")}
+        mine = [r for r in self._journal.records("checkpoint") if r["participant"] == self._participant]
+        return [r for r in mine if r["number"] not in deleted]
+
+    def _prune(self) -> None:
+        for record in self._committed()[: -self._keep]:
+            self._delete(record)
+
+    def _delete(self, record: dict[str, Any]) -> None:
+        # The journal first: a folder that it no longer knows is removed by recover(), never resumed from.
+        self._journal.append("checkpoint_deleted", checkpoint=record["number"], path=record["path"])
+        folder = self.folder / record["path"]
+        if folder.exists():
+            discard_folder(folder)
+
+    def _check_free_space(self) -> None:
+        records = self._committed()
+        if not records or not self.folder.is_dir():
+            return
+        needed = int(records[-1]["num_bytes"] * FREE_SPACE_FACTOR)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise CheckpointError(
+                f"{self.folder}: {free / 1e6:.0f} MB are free, the next checkpoint needs {needed / 1e6:.0f} MB",
+                hint="make room on the disk and run the same command with --resume; earlier checkpoints are intact",
+            )

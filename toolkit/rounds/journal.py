@@ -1,0 +1,75 @@
+"""The journal of a run: append-only, durable, one JSON object a line.
+
+A fact counts once its line is in the journal. A line is written and synced whole; a process that is killed in the
+middle leaves a torn last line, which is cut off when the journal is opened again.
+"""
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from toolkit.durable import sync_folder
+from toolkit.errors import CheckpointError
+
+JOURNAL_NAME = "journal.jsonl"
+
+
+class Journal:
+    """Reads and extends ``journal.jsonl`` in a run directory.
+
+    Args:
+        run_dir: exists.
+        writable: False on processes other than the first, where :meth:`append` does nothing.
+
+    Raises:
+        CheckpointError: a line before the last is not JSON: the file was changed by something else.
+    """
+
+    def __init__(self, run_dir: Path, *, writable: bool = True) -> None:
+        self._path = run_dir / JOURNAL_NAME
+        self._writable = writable
+        self._records = self._read()
+
+    def append(self, event: str, **facts: Any) -> dict[str, Any]:
+        """Add a record and return it after it is durable. Values are JSON values; NaN is refused."""
+        record = {
+            "number": len(self._records) + 1,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "event": event,
+            **facts,
+        }
+        if not self._writable:
+            return record
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        is_new = not self._path.exists()
+        with open(self._path, "ab") as stream:
+            stream.write(line.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        if is_new:
+            sync_folder(self._path.parent)
+        self._records.append(record)
+        return record
+
+    def records(self, event: str | None = None) -> list[dict[str, Any]]:
+        """All records, or those of one event, oldest first."""
+        return [r for r in self._records if event is None or r["event"] == event]
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        content = self._path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content) and self._writable:
+            with open(self._path, "r+b") as stream:
+                stream.truncate(len(whole))
+                os.fsync(stream.fileno())
+        records = []
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise CheckpointError(f"{self._path}:{number} is damaged: {error}") from error
+        return records

@@ -1,0 +1,42 @@
+"""Ctrl-C and SIGTERM as a request: finish the step, commit a checkpoint, then leave."""
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from toolkit.errors import Interrupted
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """While entered, the first signal is remembered and the second ends the run at once.
+
+    Args:
+        on_first: called with the signal's name when the first one arrives.
+    """
+
+    def __init__(self, on_first: Callable[[str], None]) -> None:
+        self._on_first = on_first
+        self._previous: dict[signal.Signals, Any] = {}
+        self.received: str | None = None
+
+    def __call__(self) -> bool:
+        return self.received is not None
+
+    def __enter__(self) -> "StopRequest":
+        for number in _SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.received is not None:
+            raise Interrupted(f"{name} again: left at once, from the last committed checkpoint the run can be resumed")
+        self.received = name
+        self._on_first(name)
