@@ -66,7 +66,7 @@ def test_two_participants_on_one_base_are_as_if_alone(solo, build, make_model, m
 @pytest.mark.parametrize("at", [1, 5, 7, 10])
 @pytest.mark.parametrize("grouping", [False, True])
 def test_resume_is_bit_for_bit(solo, build, make_model, make_config, at, grouping):
-    options = {"length_grouping": grouping, "logging_steps": 3}
+    options = {"length_grouping": grouping}
     whole = solo(**options)
     torch.manual_seed(0)
     model = add_adapter(make_model(), make_config(), name="ann")
@@ -163,13 +163,6 @@ def test_counts_are_those_of_the_data(solo, make_rows):
     assert part.steps[-1].total_tokens == 3 * tokens
     assert part.steps[-1].total_trainable_tokens == 3 * trained
     assert sum(s.num_tokens for s in part.steps) == 3 * tokens
-
-
-def test_logging_window_is_the_mean_of_its_steps(solo):
-    single, windows = solo(), solo(logging_steps=4)
-    assert [s.step for s in windows.steps] == [4, 8, 12, 15]
-    assert windows.steps[0].loss == pytest.approx(sum(s.loss for s in single.steps[:4]) / 4, rel=1e-12)
-    assert windows.steps[-1].num_steps == 3
 
 
 def test_order_does_not_repeat_between_epochs_and_seeds(solo):

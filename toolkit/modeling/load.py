@@ -117,8 +117,8 @@ def quantization_config(config: Any, plan: Any) -> BitsAndBytesConfig | None:
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.mixed_precision, torch.float32)
     keywords: dict[str, Any] = {}
-    if plan.deepspeed == 3:
-        keywords["bnb_4bit_quant_storage"] = compute  # ZeRO-3 shards only tensors of a floating type
+    if plan.quant_storage is not None:
+        keywords["bnb_4bit_quant_storage"] = getattr(torch, plan.quant_storage)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=config.quant_type,

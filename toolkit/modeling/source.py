@@ -4,7 +4,9 @@ Weights come from safetensors (or GGUF), never from a pickle; a shard index may 
 (transformers follows ``../`` and absolute paths in it).
 """
 
+import hashlib
 import json
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,3 +93,28 @@ def _neighbours(path: Path) -> str | None:
         return "`meldkit models` lists models that can be made here from packages"
     names = sorted(p.name for p in parent.iterdir() if p.is_dir() or p.suffix == ".gguf")[:8]
     return f"in {parent} there are: {', '.join(names)}" if names else None
+
+
+def model_fingerprint(source: ModelSource, revision: str | None, commit: str | None) -> str:
+    """What identifies the base of a run, in a form that can be compared after a resume.
+
+    Of a folder: SHA-256 over configuration, tokenizer and the header (names, shapes, places) and size of each weights
+    file, which takes milliseconds for models of any size. Of a hub id: the id and the commit.
+    """
+    if not source.is_local:
+        return f"{source.name}@{commit or revision or 'main'}"
+    digest = hashlib.sha256()
+    for path in sorted(Path(source.name).iterdir()):
+        if path.name == source.gguf_file or path.suffix == ".safetensors":
+            digest.update(f"{path.name}:{path.stat().st_size}".encode() + _header(path))
+        elif path.name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _header(path: Path) -> bytes:
+    with open(path, "rb") as stream:
+        start = stream.read(8)
+        if path.suffix != ".safetensors" or len(start) < 8:
+            return start + stream.read(65536)
+        return start + stream.read(min(struct.unpack("<Q", start)[0], 100_000_000))

@@ -1,7 +1,6 @@
 """Counts what a Trainer really trained on: tokens, trained tokens, losses, order of the rows.
 
-TRL's own token count restarts from zero when a run is resumed, and transformers averages a logging window over the
-steps since the resume. Here the counters are part of the checkpoint.
+TRL's own token count restarts from zero when a run is resumed. Here the counters are part of the checkpoint.
 """
 
 import time
@@ -25,19 +24,14 @@ class Totals:
     tokens: int = 0
     trainable_tokens: int = 0
     digest: int = 0
-    window_loss: float = 0.0
-    window_steps: int = 0
-    window_tokens: int = 0
-    window_trainable_tokens: int = 0
-    window_seconds: float = 0.0
 
 
 class Accounting:
-    """Collects the statistics of one participant's steps and hands them out once a logging window.
+    """Collects the statistics of one participant's steps.
 
     Args:
-        logging_steps: optimizer steps in a window.
-        on_step: receives a full window.
+        name: the participant.
+        on_step: receives every step, on every process.
         stop_requested: whether this process wants the run to pause.
         gather: [n] int64 on each process → [processes, n], in the order of the ranks.
     """
@@ -46,7 +40,6 @@ class Accounting:
         self,
         *,
         name: str,
-        logging_steps: int,
         on_step: Callable[[StepStatistics], None],
         stop_requested: Callable[[], bool],
         gather: Callable[[torch.Tensor], torch.Tensor],
@@ -54,7 +47,6 @@ class Accounting:
         self.name = name
         self.totals = Totals()
         self.stop_agreed = False
-        self._logging_steps = logging_steps
         self._on_step = on_step
         self._stop_requested = stop_requested
         self._gather = gather
@@ -94,42 +86,34 @@ class Accounting:
         )
 
     def end_step(
-        self, *, step: int, epoch: float, loss: float, grad_norm: float | None, learning_rate: float, last: bool
+        self, *, step: int, epoch: float, loss: float, grad_norm: float | None, learning_rate: float
     ) -> None:
-        """Close an optimizer step on all processes (one small gather) and report the window if it is full."""
+        """Close an optimizer step on all processes (one small gather) and report it."""
         seconds = time.perf_counter() - self._step_began
         stop = int(self._stop_requested())
-        counts = self._gather(torch.tensor([self._tokens, self._trainable_tokens, self._digest, stop]))
+        counts = self._gather(torch.tensor([self._tokens, self._trainable_tokens, self._digest, stop])).tolist()
         totals = self.totals
-        for tokens, trainable_tokens, digest, wants_stop in counts.tolist():
-            totals.window_tokens += tokens
-            totals.window_trainable_tokens += trainable_tokens
-            totals.digest = zlib.crc32(digest.to_bytes(8, "little"), totals.digest)
-            self.stop_agreed = self.stop_agreed or bool(wants_stop)
-        totals.window_loss += loss
-        totals.window_steps += 1
-        totals.window_seconds += seconds
-        if step % self._logging_steps and not last:
-            return
-        totals.tokens += totals.window_tokens
-        totals.trainable_tokens += totals.window_trainable_tokens
-        statistics = StepStatistics(
-            step=step,
-            epoch=epoch,
-            num_steps=totals.window_steps,
-            loss=totals.window_loss / totals.window_steps,
-            learning_rate=learning_rate,
-            grad_norm=grad_norm,
-            num_tokens=totals.window_tokens,
-            num_trainable_tokens=totals.window_trainable_tokens,
-            total_tokens=totals.tokens,
-            total_trainable_tokens=totals.trainable_tokens,
-            seconds=totals.window_seconds,
-            batch_digest=f"{totals.digest:08x}",
+        num_tokens, num_trainable_tokens = sum(row[0] for row in counts), sum(row[1] for row in counts)
+        totals.tokens += num_tokens
+        totals.trainable_tokens += num_trainable_tokens
+        for row in counts:
+            totals.digest = zlib.crc32(row[2].to_bytes(8, "little"), totals.digest)
+        self.stop_agreed = self.stop_agreed or any(row[3] for row in counts)
+        self._on_step(
+            StepStatistics(
+                step=step,
+                epoch=epoch,
+                loss=loss,
+                learning_rate=learning_rate,
+                grad_norm=grad_norm,
+                num_tokens=num_tokens,
+                num_trainable_tokens=num_trainable_tokens,
+                total_tokens=totals.tokens,
+                total_trainable_tokens=totals.trainable_tokens,
+                seconds=seconds,
+                batch_digest=f"{totals.digest:08x}",
+            )
         )
-        totals.window_loss = totals.window_seconds = 0.0
-        totals.window_steps = totals.window_tokens = totals.window_trainable_tokens = 0
-        self._on_step(statistics)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self.totals)

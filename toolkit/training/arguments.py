@@ -43,7 +43,7 @@ def build_arguments(config: Any, world: Mapping[str, Any], staging: Path) -> Tra
         "data_seed": config.seed,
         "dataloader_num_workers": config.dataloader_workers,
         "logging_strategy": "steps",
-        "logging_steps": 1,  # windows of --logging-steps are made by Accounting
+        "logging_steps": 1,  # every step is counted; --logging-steps decides what is recorded
         "logging_nan_inf_filter": False,  # it replaces a NaN by the mean of the losses before it
         "save_strategy": "no",
         "eval_strategy": "no",

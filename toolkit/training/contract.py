@@ -15,25 +15,23 @@ from toolkit.errors import InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStatistics:
-    """What one or more consecutive optimizer steps did, over all processes.
+    """What one optimizer step did, over all processes.
 
     Attributes:
         step: optimizer steps since the beginning of the run.
         epoch: passes over the data, with a fraction.
-        num_steps: optimizer steps in this window.
-        loss: mean over the steps of the window; in each step the mean over its trained tokens (or rows).
-        learning_rate: of the last step.
-        grad_norm: of the last step, before clipping; None where the backend does not tell.
-        num_tokens, num_trainable_tokens: tokens without padding, and those with a label, in the window.
+        loss: mean over the step's trained tokens (or rows).
+        learning_rate: of this step.
+        grad_norm: before clipping; None where the backend does not tell.
+        num_tokens, num_trainable_tokens: tokens of the step without padding, and those with a label.
         total_tokens, total_trainable_tokens: the same since the beginning of the run.
-        seconds: time in the steps of the window; evaluation and pauses are not in it.
+        seconds: from the step's first batch to its end; evaluation and pauses are not in it.
         batch_digest: CRC-32 over the token ids in the order in which they were trained, since the beginning of the
             run: two runs with the same digest saw the same rows in the same order.
     """
 
     step: int
     epoch: float
-    num_steps: int
     loss: float
     learning_rate: float
     grad_norm: float | None
@@ -99,6 +97,26 @@ class ParticipantTrainer(Protocol):
 
     @property
     def num_steps_per_epoch(self) -> int: ...
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Counts since the beginning of the run: ``tokens``, ``trainable_tokens``, ``digest``."""
+        ...
+
+    @property
+    def num_parameters(self) -> tuple[int, int]:
+        """Trained parameters, and all parameters."""
+        ...
+
+    @property
+    def model(self) -> Any:
+        """The model as transformers or PEFT know it, with the participant's adapter active while it trains."""
+        ...
+
+    @property
+    def accelerator(self) -> Any:
+        """accelerate's Accelerator: devices and processes."""
+        ...
 
     def start(self, resume_from: Path | None = None) -> None:
         """Get ready for the first step, from a committed checkpoint if one is given. Once, before anything else.

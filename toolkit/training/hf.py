@@ -124,7 +124,6 @@ class HFTrainer:
         accelerator = trainer.accelerator
         trainer.accounting = Accounting(
             name=setup.name,
-            logging_steps=config.logging_steps,
             on_step=setup.on_step,
             stop_requested=setup.stop_requested,
             gather=lambda values: accelerator.gather(values.to(accelerator.device)[None]).cpu(),
@@ -157,6 +156,18 @@ class HFTrainer:
     @property
     def accelerator(self) -> Any:
         return self._trainer.accelerator
+
+    @property
+    def model(self) -> Any:
+        return self._trainer.model
+
+    @property
+    def num_parameters(self) -> tuple[int, int]:
+        """Trained parameters and all parameters; 4-bit weights count as what they stand for."""
+        if isinstance(self.model, PeftModel):
+            return self.model.get_nb_trainable_parameters()
+        counts = [(p.ds_numel if hasattr(p, "ds_numel") else p.numel(), p.requires_grad) for p in self.model.parameters()]
+        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
     # Control, called by the recipe
 
@@ -239,7 +250,6 @@ class HFTrainer:
             loss=float(logs["loss"]),
             grad_norm=None if logs.get("grad_norm") is None else float(logs["grad_norm"]),
             learning_rate=float(logs["learning_rate"]),
-            last=self.step >= self.num_steps,
         )
 
     # Inside
