@@ -115,9 +115,8 @@ class Console:
         self._many = len(record.participants) > 1
         self._num_epochs = record.num_epochs
         self._write(Text("Training Configuration:", style="bold"))
-        width = max((len(label) for label, _ in record.rows), default=0)
         for label, value in record.rows:
-            self._write(Text.assemble(("  " + f"{label}: ".ljust(width + 2), "cyan"), value))
+            self._write(Text.assemble((f"  {label}: ", "cyan"), value))
         self._write(Text(""))
         self._write(Text("Training Progress:", style="bold"))
         self._progress = {name: Progress(name, record.num_epochs) for name in record.participants}
@@ -155,9 +154,8 @@ class Console:
         self._write(Text(f"Training {record.status}", style=style))
         if record.error:
             self._write(Text(record.error, style="red"))
-        width = max((len(label) for label, _ in record.summary), default=0)
         for label, value in record.summary:
-            self._write(Text.assemble(("  " + f"{label}: ".ljust(width + 2), "cyan"), value))
+            self._write(Text.assemble((f"  {label}: ", "cyan"), value))
         for label, path in record.paths:
             self._write(Text.assemble((f"{label}: ", "bold"), path), fold=False)
 
@@ -203,7 +201,9 @@ class _LibraryMessages(logging.Handler):
             for name in ("info", "warning", "error"):
                 if record.levelno >= getattr(logging, name.upper()):
                     level = name
-            self._console.say(level, record.getMessage().strip())
+            text = record.getMessage().strip()
+            # A warning of Python has the line of code that warned below it; that is in training.log.
+            self._console.say(level, text.partition("\n")[0] if record.name == "py.warnings" else text)
         except Exception:
             self.handleError(record)
 

@@ -153,14 +153,15 @@ class History:
 
     def text(self) -> str:
         """The content of training_history.json: one recorded step a line."""
-        head = json.dumps(plain({"format": FORMAT_VERSION, **self.facts, "sessions": self.sessions}), **_JSON)
+        facts = plain({"format": FORMAT_VERSION, **self.facts, "sessions": self.sessions})
+        head = [f"{json.dumps(name)}: {json.dumps(value, **_JSON)}" for name, value in facts.items()]
         tail = {"evaluations": self.evaluations, "samples": self.samples, "checkpoints": self.checkpoints}
         lists = [
             f'"{name}": [{_lines([json.dumps(e, **_JSON) for e in entries])}]'
             for name, entries in tail.items()
         ]
         steps = f'"steps": [{_lines(self._step_lines)}]'
-        return ",\n".join([head[:-1], *lists, steps]) + "\n}\n"
+        return "{\n" + ",\n".join([*head, *lists, steps]) + "\n}\n"
 
     @classmethod
     def load(cls, path: Path, restored_steps: Mapping[str, int]) -> "History":

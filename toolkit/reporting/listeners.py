@@ -150,6 +150,7 @@ def build(
     from toolkit.reporting.console import Console
     from toolkit.reporting.history import HistoryWriter
     from toolkit.reporting.log_file import LogFile
+    from toolkit.reporting.report import ReportWriter
     from toolkit.reporting.trackers import build_trackers
 
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -163,6 +164,7 @@ def build(
         train_loss=train_loss,
     )
     console = Console(stream=stream, log_level=config.log_level, train_loss=train_loss)
+    report = ReportWriter(run_dir, history.history, config=config.model_dump(mode="json"))
     # The history is first, because the others read it; terminal and log are last, to hear how the others
     # fared.
-    return Listeners(essential=[history], optional=[*trackers, console, log_file])
+    return Listeners(essential=[history], optional=[*trackers, report, console, log_file])

@@ -24,7 +24,7 @@ def spread(values: Iterable[float]) -> dict[str, float | None]:
     """Median, 10 % and 90 % quantile of the finite ``values``."""
     ordered = sorted(value for value in values if math.isfinite(value))
     names = {"p10": 0.1, "median": 0.5, "p90": 0.9}
-    return {name: _rounded(quantile(ordered, share), 3) for name, share in names.items()}
+    return {name: _rounded(quantile(ordered, share), 6) for name, share in names.items()}
 
 
 def summarize(history: "History") -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """How far each participant is, and the bars that show it on a terminal."""
 
+import itertools
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -18,6 +20,13 @@ REFRESH_SECONDS = 0.125
 RECENT_STEPS = 50
 # Lines of the terminal that the bars leave free.
 SPARE_LINES = 4
+MIN_BAR_WIDTH = 10
+MAX_BAR_WIDTH = 40
+MAX_NAME_LENGTH = 20
+# What is left out on a narrow terminal, first to last.
+DISPENSABLE = ("rate", "memory", "percent", "speed", "steps", "left")
+
+_update_numbers = itertools.count(1)
 
 
 class Progress:
@@ -34,12 +43,13 @@ class Progress:
         self.last: StepRecord | None = None
         self.line_at: float | None = None
         self.line_step = 0
+        self.update_number = 0
         self._recent_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def update(self, record: StepRecord) -> None:
-        if self.last is not None or record.step_seconds > 0:
-            self._recent_seconds.append(record.step_seconds)
+        self._recent_seconds.append(record.step_seconds)
         self.last = record
+        self.update_number = next(_update_numbers)
         if self.num_epochs is None and record.epoch > 0:
             self.num_epochs = record.epoch * record.num_steps / record.step
 
@@ -68,7 +78,6 @@ class ProgressBars:
         self._clock = clock
         self._drawn_at: float | None = None
         self._live: Live | None = None
-        self._recent: dict[str, None] = {}
 
     def refresh(self, *, force: bool = False) -> None:
         now = self._clock()
@@ -94,39 +103,57 @@ class ProgressBars:
         room = max(1, self._console.height - SPARE_LINES)
         if len(active) <= room:
             return self._table(active)
-        newest = sorted(active, key=lambda progress: progress.last.step if progress.last else 0)[: room - 1]
+        newest = sorted(active, key=lambda progress: progress.update_number)[-max(1, room - 1) :]
         shown = [progress for progress in active if progress in newest]
         return Group(self._table(shown), Text(f"  and {len(active) - len(shown)} more", style="dim"))
 
     def _table(self, shown: list[Progress]) -> Table:
-        width = self._console.width
-        table = Table.grid(padding=(0, 1), expand=False)
         many = len(self._progress) > 1
-        for _ in range(2):
-            table.add_column(no_wrap=True)
-        for _ in range(7):
-            table.add_column(no_wrap=True, justify="right")
-        for progress in shown:
-            table.add_row(*self._cells(progress, width=width, many=many))
+        rows = [_cells(progress, many=many) for progress in shown]
+        names = list(rows[0])
+        widths = {name: max(cell_len(row[name]) for row in rows) for name in names}
+
+        def room() -> int:
+            return self._console.width - sum(widths[name] + 1 for name in names)
+
+        for name in DISPENSABLE:
+            if room() < MIN_BAR_WIDTH:
+                names.remove(name)
+        table = Table.grid(padding=(0, 1, 0, 0))
+        bar_width = min(MAX_BAR_WIDTH, max(MIN_BAR_WIDTH, room()))
+        for name in names:
+            table.add_column(no_wrap=True, justify="left" if name == "label" else "right")
+            if name == "label":
+                table.add_column(no_wrap=True)
+        for progress, row in zip(shown, rows, strict=True):
+            last = progress.last
+            bar = ProgressBar(
+                total=last.num_steps if last else 1, completed=last.step if last else 0, width=bar_width
+            )
+            texts = [Text(row[name], style="bold" if name == "label" else "") for name in names]
+            table.add_row(texts[0], bar, *texts[1:])
         return table
 
-    def _cells(self, progress: Progress, *, width: int, many: bool) -> list[RenderableType]:
-        record = progress.last
-        assert record is not None
-        label = wording.epoch_label(record.epoch, progress.num_epochs, phase_end=True).capitalize()
-        if many:
-            label = f"{progress.name} {label.removeprefix('Epoch ')}"
-        cells: list[RenderableType] = [
-            Text(f"  {label}", style="bold"),
-            ProgressBar(total=record.num_steps, completed=record.step, width=max(6, min(40, width - 66))),
-            f"{100 * record.step // record.num_steps}%",
-            f"{record.step}/{record.num_steps}",
-            f"loss {wording.number(record.loss)}",
-            wording.speed(record.tokens_per_second),
-        ]
-        if width >= 76:
-            cells.append(wording.size(record.memory_bytes))
-        if width >= 100:
-            cells.append(f"lr {wording.rate(record.learning_rate)}")
-        cells.append(wording.duration(progress.seconds_left()))
-        return cells
+
+def _cells(progress: Progress, *, many: bool) -> dict[str, str]:
+    record = progress.last
+    if record is None:
+        raise ValueError(f"{progress.name} has made no step yet")
+    label = wording.epoch_label(record.epoch, progress.num_epochs, phase_end=True).capitalize()
+    if many:
+        name = (
+            progress.name
+            if len(progress.name) <= MAX_NAME_LENGTH
+            else f"{progress.name[: MAX_NAME_LENGTH - 1]}…"
+        )
+        label = f"{name} {label.removeprefix('Epoch ')}"
+    return {
+        "label": f"  {label}",
+        "percent": f"{100 * record.step // record.num_steps}%",
+        "steps": f"{record.step}/{record.num_steps}",
+        "loss": f"loss {wording.number(record.loss)}",
+        "rate": f"lr {wording.rate(record.learning_rate)}",
+        "speed": wording.speed(record.tokens_per_second),
+        "memory": wording.size(record.memory_bytes),
+        "left": f"{wording.duration(progress.seconds_left())} left",
+    }

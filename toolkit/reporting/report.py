@@ -1,1 +1,252 @@
-"""report.html: a run on one page. (Drawn from the history.)"""
+"""report.html: a run on one page that needs nothing but a browser. Drawn from the history, for 1 or 20 participants."""
+
+import importlib.resources
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from toolkit.durable import write_text
+from toolkit.reporting import charts, wording
+from toolkit.reporting.history import History, now_utc
+from toolkit.reporting.metrics import summarize
+from toolkit.reporting.pace import Pace
+from toolkit.reporting.records import CheckpointRecord, EvaluationRecord, Record, RunEnd
+
+logger = logging.getLogger("toolkit.reporting")
+
+REPORT_NAME = "report.html"
+# With more participants the unsmoothed losses would hide the smoothed ones.
+MAX_RAW_SERIES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    title: str
+    note: str
+    svg: Markup
+
+
+class ReportWriter:
+    """Listener that draws report.html at evaluations and checkpoints (amortised) and at the end.
+
+    Args:
+        run_dir: the run directory; ``environment.json`` in it is shown when it is there.
+        history: filled by the listener before this one.
+        config: the resolved configuration, JSON values.
+    """
+
+    def __init__(self, run_dir: Path, history: History, *, config: Mapping[str, Any]) -> None:
+        self._run_dir = run_dir
+        self._history = history
+        self._config = config
+        self._pace = Pace(interval_seconds=10.0, max_share=0.02)
+        self._is_final = False
+
+    def handle(self, record: Record) -> None:
+        if isinstance(record, RunEnd):
+            self._is_final = True
+            self.flush()
+        elif isinstance(record, CheckpointRecord | EvaluationRecord) and self._pace.is_due():
+            self.flush()
+
+    def flush(self) -> None:
+        """Draw and write the page now."""
+        with self._pace.measured():
+            page = render(self._history, config=self._config, run_dir=self._run_dir)
+            write_text(self._run_dir / REPORT_NAME, page)
+
+    def close(self) -> None:
+        if not self._is_final:
+            self.flush()
+
+
+def render(history: History, *, config: Mapping[str, Any], run_dir: Path) -> str:
+    """The page as HTML text."""
+    source = importlib.resources.files("toolkit.reporting").joinpath(REPORT_NAME).read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"number": wording.number, "size": wording.size, "duration": wording.duration}
+    environment.filters["value"] = _value
+    metrics = summarize(history)
+    return environment.from_string(source).render(
+        facts=history.facts,
+        metrics=metrics,
+        tiles=_tiles(metrics),
+        rows=history.rows,
+        end=history.end,
+        charts=_charts(history),
+        legend=_legend(history),
+        evaluations=history.evaluations,
+        samples=_samples(history),
+        data_check=history.data_check,
+        config=config,
+        machine=_machine(run_dir),
+        files=_files(run_dir),
+        written=now_utc(),
+    )
+
+
+def _tiles(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures at the top: label and value."""
+    tiles: list[tuple[str, str]] = []
+    participants = list(metrics["participants"].values())
+    if len(participants) == 1:
+        only = participants[0]
+        first, last = only["first_train_loss"], only["mean_train_loss_of_last_tenth"]
+        tiles.append(("training loss", f"{wording.number(first)} → {wording.number(last)}"))
+        for name, value in only["evaluation"].items():
+            text = f"{wording.number(value['before'])} → {wording.number(value['final'])}"
+            tiles.append((f"held-out {name.removeprefix('eval_').replace('_', ' ')}", text))
+    tiles.append(("steps", f"{metrics['total_steps']:,}"))
+    tiles.append(("tokens", f"{metrics['total_tokens']:,}"))
+    median = metrics["tokens_per_second"]["median"]
+    if median is not None:
+        tiles.append(("tokens a second, median", f"{median:,.0f}"))
+    tiles.append(("peak memory", wording.size(metrics["peak_memory_bytes"])))
+    tiles.append(("wall time", wording.duration(metrics["wall_seconds"])))
+    return tiles
+
+
+def _charts(history: History) -> list[Chart]:
+    def gigabytes(value: float) -> str:
+        return wording.number(value, 2)
+
+    wanted: list[tuple[str, str, str, float, Callable[[float], str], bool]] = [
+        ("learning rate", "", "learning_rate", 1, _short, True),
+        ("gradient norm", "before clipping", "grad_norm", 1, _short, True),
+        ("tokens a second", "", "tokens_per_second", 1, _short, True),
+        ("peak memory", "GB", "memory_bytes", 1e-9, gigabytes, True),
+        ("GPU utilisation", "%", "utilization_percent", 1, _short, True),
+        ("GPU power", "W", "power_watts", 1, _short, True),
+    ]
+    drawn = [_loss_chart(history), *_metric_charts(history)]
+    for title, note, column, factor, form, from_zero in wanted:
+        lines = []
+        for colour, (name, series) in enumerate(_in_order(history)):
+            pairs = zip(series["step"], series[column], strict=True)
+            lines.append(charts.Line(name=name, colour=colour, points=[(x, y * factor) for x, y in pairs]))
+        drawn.append(_chart(lines, title, note, form, from_zero=from_zero))
+    return [chart for chart in drawn if chart.svg]
+
+
+def _loss_chart(history: History) -> Chart:
+    all_series = _in_order(history)
+    raw, smooth = [], []
+    for colour, (name, series) in enumerate(all_series):
+        points = list(zip(series["step"], series["loss"], strict=True))
+        raw.append(charts.Line(name=name, colour=colour, points=points, style="faint"))
+        smooth.append(charts.Line(name=f"{name}, training", colour=colour, points=charts.smoothed(points)))
+    held_out = _evaluation_lines(history, "loss")
+    note = "training (line, smoothed)" + (", held out (dots)" if held_out else "")
+    lines = [*(raw if len(raw) <= MAX_RAW_SERIES else []), *smooth, *held_out]
+    return _chart(lines, "loss", note, wording.number)
+
+
+def _metric_charts(history: History) -> list[Chart]:
+    """A chart for each other metric of the evaluations."""
+    names = dict.fromkeys(name.removeprefix("eval_") for e in history.evaluations for name in e["metrics"])
+    return [
+        _chart(_evaluation_lines(history, name, joined=True), name.replace("_", " "), "held out", _short)
+        for name in names
+        if name != "loss"
+    ]
+
+
+def _evaluation_lines(history: History, metric: str, *, joined: bool = False) -> list[charts.Line]:
+    lines = []
+    for colour, (name, _) in enumerate(_in_order(history)):
+        points = [
+            (float(entry["step"]), float(value))
+            for entry in history.evaluations
+            if entry["participant"] == name
+            for key, value in entry["metrics"].items()
+            if key.removeprefix("eval_") == metric
+        ]
+        points.sort(key=lambda point: point[0])
+        for style in ("line", "points") if joined else ("points",):
+            lines.append(charts.Line(name=f"{name}, held out", colour=colour, points=points, style=style))
+    return [line for line in lines if line.points]
+
+
+def _chart(
+    lines: Sequence[charts.Line],
+    title: str,
+    note: str,
+    form: Callable[[float], str],
+    *,
+    from_zero: bool = False,
+) -> Chart:
+    # Every text inside is escaped by the chart module.
+    svg = Markup(charts.line_chart(lines, label=title, y_format=form, from_zero=from_zero))  # noqa: S704
+    return Chart(title=title, note=note, svg=svg)
+
+
+def _in_order(history: History) -> list[tuple[str, Any]]:
+    names = dict.fromkeys([*history.facts["participants"], *history.series])
+    return [(name, history.series[name]) for name in names if name in history.series]
+
+
+def _legend(history: History) -> list[dict[str, Any]]:
+    names = [name for name, _ in _in_order(history)]
+    if len(names) < 2:
+        return []
+    return [
+        {
+            "name": name,
+            "colour": number % charts.NUM_COLOURS,
+            "dash": charts.DASHES[number // charts.NUM_COLOURS % 3],
+        }
+        for number, name in enumerate(names)
+    ]
+
+
+def _samples(history: History) -> list[dict[str, Any]]:
+    """Answers paired: one entry a participant and prompt, with those before and after."""
+    paired: dict[tuple[str, str], dict[str, Any]] = {}
+    for sample in history.samples:
+        key = (sample["participant"], sample["prompt"])
+        entry = paired.setdefault(key, {**sample, "before": None, "during": None, "after": None})
+        entry[sample["phase"]] = sample["answer"]
+    return list(paired.values())
+
+
+def _machine(run_dir: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _files(run_dir: Path) -> list[tuple[str, str]]:
+    """Name and size of what lies in the run directory (a folder without a size)."""
+    found = []
+    for path in sorted(run_dir.iterdir(), key=lambda path: (path.is_dir(), path.name)):
+        if not path.name.startswith("."):
+            found.append(
+                (f"{path.name}/", "") if path.is_dir() else (path.name, wording.size(path.stat().st_size))
+            )
+    return found
+
+
+def _short(value: float) -> str:
+    """A number on an axis: 0.5, 120, 12k, 5e-05."""
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e7):
+        mantissa, exponent = f"{value:.3g}".split("e") if "e" in f"{value:.3g}" else f"{value:.1e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value / 1000:.4g}k" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def _value(value: Any) -> str:
+    """A value of a configuration or description as text."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(_value(item) for item in value) or "–"
+    return f"{value:g}" if isinstance(value, float) else str(value)

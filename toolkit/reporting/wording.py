@@ -30,7 +30,8 @@ def size(num_bytes: float | None) -> str:
         return "-"
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= factor:
-            return f"{num_bytes / factor:.3g} {unit}"
+            value = num_bytes / factor
+            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
     return f"{num_bytes:.0f} B"
 
 
