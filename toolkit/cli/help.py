@@ -75,7 +75,7 @@ def completion_help() -> str:
 
 def recipe_help(recipe: str, config_class: type[Options]) -> str:
     """Return the help of a recipe, wrapped to the width of the terminal."""
-    lines = [f"usage: meldkit train {recipe} [--config FILE] [--OPTION VALUE ...]", ""]
+    lines = [*_usage(f"meldkit train {recipe} [--config FILE] [--OPTION VALUE ...]"), ""]
     lines += textwrap.wrap(" ".join((config_class.__doc__ or "").split()), width())
     file = shipped_file(recipe)
     if file is not None:
@@ -84,22 +84,34 @@ def recipe_help(recipe: str, config_class: type[Options]) -> str:
             f"with the recipe; --config {recipe} takes them with other flags too."
         )
         lines += ["", *textwrap.wrap(text, width())]
-    group = None
-    for option in options_of(config_class).values():
-        if option.group != group:
-            group = option.group
-            lines += ["", styled(f"{group}:", BOLD)]
-        lines += _option_lines(_signature(option), _description(option))
+    lines += _options_lines(config_class)
     lines += ["", styled("Besides:", BOLD)]
     for signature, text in REQUEST_HELP.items():
         lines += _option_lines(signature, text)
     return "\n".join(lines)
 
 
+def options_help(usage: str, config_class: type[Options]) -> str:
+    """Return the help of a command whose options are those of ``config_class``."""
+    lines = [*_usage(usage), "", *textwrap.wrap(" ".join((config_class.__doc__ or "").split()), width())]
+    return "\n".join([*lines, *_options_lines(config_class, own_title="Options")])
+
+
+def _options_lines(config_class: type[Options], *, own_title: str = "Recipe") -> list[str]:
+    lines: list[str] = []
+    group = None
+    for option in options_of(config_class).values():
+        if option.group != group:
+            group = option.group
+            lines += ["", styled(f"{own_title if group == 'Recipe' else group}:", BOLD)]
+        lines += _option_lines(_signature(option), _description(option))
+    return lines
+
+
 def _command_help(
     usage: str, summary: str, commands: dict[str, str], *, footer: list[str], what: str = "Commands"
 ) -> str:
-    lines = [f"usage: {usage}", "", *textwrap.wrap(summary, width()), "", styled(f"{what}:", BOLD)]
+    lines = [*_usage(usage), "", *textwrap.wrap(summary, width()), "", styled(f"{what}:", BOLD)]
     column = max(len(name) for name in commands) + 4
     for name, text in commands.items():
         wrapped = textwrap.wrap(text, width() - column - 2)
@@ -112,6 +124,10 @@ def _command_help(
             else textwrap.wrap(paragraph, width())
         )
     return "\n".join(lines)
+
+
+def _usage(text: str) -> list[str]:
+    return textwrap.wrap(f"usage: {text}", width(), subsequent_indent=" " * 7)
 
 
 def _signature(option: Option) -> str:

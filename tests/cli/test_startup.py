@@ -1,0 +1,38 @@
+"""Help, dry runs and wrong input answer at once: nothing heavy is imported on the way."""
+
+import pytest
+
+RECIPE = ["train", "centralized-hf"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "status"),
+    [
+        ([], 2),
+        (["--help"], 0),
+        (["--version"], 0),
+        (["trian"], 2),
+        (["train", "--help"], 0),
+        (["train", "centralised-hf"], 2),
+        ([*RECIPE, "--help"], 0),
+        ([*RECIPE, "--config", "centralized-hf", "--print-config"], 0),
+        ([*RECIPE, "--model", "m", "--data", "org/name", "--output-dir", "o", "--dry-run"], 0),
+        ([*RECIPE, "--learnin-rate", "3"], 2),
+        ([*RECIPE, "--config", "nowhere.yaml"], 2),
+        ([*RECIPE, "--trainer-args", "neftune_alpha=5"], 2),
+        (RECIPE, 2),  # the guide's files are not there
+        (["data", "--help"], 0),
+        (["completion", "--help"], 0),
+        (["completion", "bash"], 0),
+        (["models", "--help"], 0),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_nothing_heavy_is_imported(heavy_imports, argv, status):
+    assert heavy_imports(argv) == (status, [])
+
+
+def test_the_probe_sees_an_import(heavy_imports, monkeypatch, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import numpy")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert heavy_imports(["--version"]) == (0, ["numpy"])
