@@ -74,18 +74,8 @@ def test_dry_run_shows_the_plan_and_the_command_and_starts_nothing(capsys, recip
 
 def test_dry_run_finds_missing_files(capsys):
     Path("train.jsonl").write_text("{}")
-    argv = [
-        "--model",
-        "./nowhere",
-        "--data",
-        "train.json",
-        "--output-dir",
-        "o",
-        "--chat-template",
-        "t",
-        "--dry-run",
-    ]
-    assert run_recipe("centralized-hf", argv) == 2
+    files = ["--model", "./nowhere", "--data", "train.json", "--chat-template", "t"]
+    assert run_recipe("centralized-hf", [*files, "--output-dir", "o", "--dry-run"]) == 2
     message = capsys.readouterr().err
     assert "data: there is no train.json; did you mean 'train.jsonl'?" in message
     assert "model: there is no ./nowhere" in message
@@ -120,9 +110,8 @@ def test_save_config(recipe_run, capsys):
     saved = json.loads(Path("o/experiment_config.json").read_text())
     assert (saved["model"], saved["lora_r"]) == ("m", 16)
     assert calls == []
-    assert (
-        run_recipe("centralized-hf", ["--config", "o/experiment_config.json", "--save-config", "c.yaml"]) == 0
-    )
+    saved_file = ["--config", "o/experiment_config.json"]
+    assert run_recipe("centralized-hf", [*saved_file, "--save-config", "c.yaml"]) == 0
     assert len(calls) == 1
     assert load(CentralizedConfig, ["--config", "c.yaml"]).config == calls[0][0]
     # A run directory has its own configuration, which nobody may replace.

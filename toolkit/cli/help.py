@@ -163,7 +163,7 @@ def _shown(value: Any) -> str:
 
 def _option_lines(signature: str, text: str) -> list[str]:
     """The signature, then the text beside it, or below it when the signature is long."""
-    column = 30
+    column = 30 if width() >= 72 else 8
     wrapped = textwrap.wrap(
         text, max(20, width() - column), break_long_words=False, break_on_hyphens=False
     ) or [""]
