@@ -24,7 +24,7 @@ demo: setup ## train a real 135 M model with LoRA on real conversations, on this
 test: lint types pytest ## lint, types and the tests (all but slow and gpu)
 
 lint: setup ## ruff and shellcheck
-	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff check --output-format concise .
 	$(VENV_PYTHON) -m ruff format --check .
 	.venv/bin/shellcheck $(SHELL_SCRIPTS)
 

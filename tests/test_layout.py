@@ -23,8 +23,8 @@ SOURCE_ROOTS = {"toolkit": ROOT / "toolkit", "toolkit_kernels": ROOT / "kernels"
 DATA_PACKAGES = {"toolkit.recipe_files": ROOT / "recipes" / "configs"}
 FOLDERS_OF_SCRIPTS = ("kernels", "recipes", "scripts", "tests", "bench")
 
-# Arrows point down only: a module imports from its own layer or one below, never from one above. A new package
-# or a new module directly under toolkit/ gets its place here.
+# Arrows point down only: a module imports from its own layer or one below, never one above. A new package,
+# or a new module directly under toolkit/, gets its place here.
 LAYERS = (
     {"cli", "__main__"},
     {"rounds", "federated"},
