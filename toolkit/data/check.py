@@ -15,6 +15,7 @@ import numpy as np
 from toolkit.data.examples import Example, Labelled
 
 NUM_BINS = 16
+MAX_IMBALANCE = 20
 QUANTILES = {
     "min": 0.0,
     "p05": 0.05,
@@ -196,6 +197,13 @@ def judge(report: CheckReport, config: Any) -> None:
             f"(--min-trainable-share {config.min_trainable_share:g})"
         )
     for split in (train, report.evaluation):
+        if split and config.overlong == "error" and split.overlong.get("num_rows_over"):
+            place, length = split.overlong["worst"][0]
+            problems.append(
+                f"{split.name}: {split.overlong['num_rows_over']} rows are longer than --max-length "
+                f"{split.overlong['max_length']}, and --overlong is error; the longest is {place} with {length} tokens"
+            )
+            continue
         touched = (
             split.overlong.get("num_rows_dropped", 0) + split.overlong.get("num_rows_cut", 0) if split else 0
         )
@@ -217,46 +225,40 @@ def judge(report: CheckReport, config: Any) -> None:
             f"{percent(report.leaked_share)} (--max-leaks {config.max_leaks:g}): {', '.join(report.leaked_places)}"
         )
     report.problems = problems
-    report.warnings = [*_split_warnings(report, train), *_token_warnings(report)]
+    stops = config.overlong == "error"
+    report.warnings = [*_split_warnings(train, policy_stops=stops), *_token_warnings(report)]
     if report.evaluation:
-        report.warnings += _split_warnings(report, report.evaluation)
+        report.warnings += _split_warnings(report.evaluation, policy_stops=stops)
 
 
-def _split_warnings(report: CheckReport, split: SplitReport) -> list[str]:
-    name, rendering, overlong = split.name, split.rendering, split.overlong
-    found = []
-
-    def note(number: int, text: str) -> None:
-        if number:
-            found.append(f"{name}: {number} {text}")
-
-    note(rendering.get("num_empty_answers", 0), "empty answers are not trained")
-    note(rendering.get("num_rows_without_answer", 0), "rows have nothing to train and are left out")
-    note(
-        rendering.get("num_turns_with_own_row", 0),
-        "turns got a row of their own: the template renders them otherwise once turns follow",
-    )
-    note(
-        rendering.get("num_rows_with_special_text", 0),
-        "rows hold the text of a special token, which is read as that token",
-    )
-    note(split.encoding.get("num_double_bos", 0), "rows began with two BOS; one was taken out")
-    note(
-        split.encoding.get("num_merged", 0),
-        "rows have a token that holds both prompt and answer; it is trained",
-    )
-    note(split.num_conflicting_labels, "rows repeat a text with another label")
-    note(split.num_bos_missing, "sequences do not begin with BOS, which the tokenizer puts before plain text")
-    note(split.num_eos_untrained, "sequences do not train a token that ends the answer")
-    if overlong.get("num_answer_tokens_lost"):
+def _split_warnings(split: SplitReport, *, policy_stops: bool) -> list[str]:
+    rendering, overlong = split.rendering, split.overlong
+    notes = {
+        "empty answers, not trained": rendering.get("num_empty_answers", 0),
+        "rows without anything to train, left out": rendering.get("num_rows_without_answer", 0),
+        "turns with a row of their own, since the template renders them otherwise once turns follow": rendering.get(
+            "num_turns_with_own_row", 0
+        ),
+        "rows with the text of a special token, which is read as that token": rendering.get(
+            "num_rows_with_special_text", 0
+        ),
+        "rows that began with two BOS, of which one was taken out": split.encoding.get("num_double_bos", 0),
+        "rows with a token that holds both prompt and answer, which is trained": split.encoding.get(
+            "num_merged", 0
+        ),
+        "rows that repeat a text with another label": split.num_conflicting_labels,
+        "sequences without BOS at the beginning, where the tokenizer puts it before plain text": split.num_bos_missing,
+        "sequences in which no token that ends the answer is trained": split.num_eos_untrained,
+    }
+    found = [f"{split.name}: {text}: {number}" for text, number in notes.items() if number]
+    if overlong.get("num_answer_tokens_lost") and not policy_stops:
         lost, total = overlong["num_answer_tokens_lost"], overlong["num_answer_tokens"]
-        found.append(
-            f"{name}: --overlong {overlong['policy']} loses {lost} of {total} answer tokens, {percent(lost / total)}"
-        )
-    if split.label_counts and (rare := min(split.label_counts.values())) and name == "train":
-        common = max(split.label_counts.values())
-        if common > 20 * rare:
-            found.append(f"{name}: the most frequent label has {common} rows and the rarest {rare}")
+        policy = f"--overlong {overlong['policy']}"
+        found.append(f"{split.name}: {policy} loses {lost} of {total} answer tokens, {percent(lost / total)}")
+    if split.label_counts and split.name == "train":
+        rarest, commonest = min(split.label_counts.values()), max(split.label_counts.values())
+        if commonest > MAX_IMBALANCE * rarest:
+            found.append(f"train: the commonest label has {commonest} rows and the rarest {rarest}")
     return found
 
 

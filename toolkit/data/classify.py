@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from toolkit.data.examples import Labelled
-from toolkit.data.overlong import NUM_WORST_SHOWN, OverlongCounts
+from toolkit.data.overlong import OverlongCounts, refuse
 from toolkit.errors import DataError
 
 
@@ -75,7 +75,6 @@ def classify(
     numbers = {name: number for number, name in enumerate(label_names)}
     rows: list[Classified] = []
     lengths: list[int] = []
-    too_long: list[tuple[int, int]] = []
     counts = OverlongCounts(policy, max_length)
     for start in range(0, len(examples), batch_rows):
         batch = examples[start : start + batch_rows]
@@ -88,22 +87,16 @@ def classify(
                 )
             lengths.append(len(ids))
             if len(ids) > max_length:
-                counts.num_rows_over += 1
+                counts.note_over(len(ids), index)
                 if policy == "drop":
                     counts.num_rows_dropped += 1
                     continue
                 if policy == "error":
-                    too_long = sorted([*too_long, (-len(ids), index)])[:NUM_WORST_SHOWN]
                     continue
                 counts.num_rows_cut += 1
                 ids = _tokenise(tokenizer, [batch[offset]], truncation=True, max_length=max_length)[0]
             rows.append(Classified(np.asarray(ids, dtype=np.int32), numbers[batch[offset].label], index))
-    if too_long:
-        worst = "\n".join(f"  {where(index)}: {-length} tokens" for length, index in too_long)
-        raise DataError(
-            f"{counts.num_rows_over} texts are longer than --max-length {max_length}; the longest:\n{worst}",
-            hint="--overlong truncate cuts them, --overlong drop leaves them out",
-        )
+    refuse(counts, where)
     return rows, lengths, counts
 
 

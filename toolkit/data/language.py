@@ -7,7 +7,7 @@ from typing import Any
 from toolkit.data.check import Lengths, SplitReport
 from toolkit.data.encode import Encoded, Encoder
 from toolkit.data.examples import Conversation, Example
-from toolkit.data.overlong import OverlongPolicy
+from toolkit.data.overlong import OverlongPolicy, overlong_facts, refuse
 from toolkit.data.render import Renderer
 
 BATCH_ROWS = 1000
@@ -51,9 +51,7 @@ def encode_examples(
     def encode_part(example: Example, index: int) -> list[Encoded]:
         return part_encoder.encode(part_renderer.render([example], index))
 
-    policy = OverlongPolicy(
-        overlong, max_length, encode_part, where, encoder.bos_id if encoder.adds_bos else None
-    )
+    policy = OverlongPolicy(overlong, max_length, encode_part, encoder.bos_id if encoder.adds_bos else None)
     rows: list[Encoded] = []
     lengths: list[int] = []
     for start in progress(range(0, len(examples), BATCH_ROWS)):
@@ -67,9 +65,9 @@ def encode_examples(
             if overlong == "split" and max(len(row) for row in found) > max_length:
                 example = part_renderer.only_trained(example)
             rows.extend(row for row in policy.apply(example, found) if row.num_trained)
-    policy.finish()
+    refuse(policy.counts, where)
     _fill(report, rows, lengths, encoder)
-    report.overlong = {**asdict(policy.counts)}
+    report.overlong = overlong_facts(policy.counts, where)
     report.rendering = asdict(renderer.counts)
     report.encoding = asdict(encoder.counts)
     return rows

@@ -1,7 +1,8 @@
 """Rows that are longer than --max-length: left out, cut, split between turns, or an error. Every loss is counted."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,8 @@ class OverlongCounts:
     """What the policy did to the rows of one split.
 
     num_rows_over counts rows of the source with a sequence over max_length; the next three what became of them;
-    num_pieces the sequences that split rows became. Answer tokens are trained tokens.
+    num_pieces the sequences that split rows became. Answer tokens are trained tokens. ``worst``: length in tokens
+    and number of the longest rows.
     """
 
     policy: str = "error"
@@ -30,14 +32,34 @@ class OverlongCounts:
     num_pieces: int = 0
     num_answer_tokens: int = 0
     num_answer_tokens_lost: int = 0
+    worst: list[tuple[int, int]] = field(default_factory=list)
 
-    @property
-    def num_rows_touched(self) -> int:
-        return self.num_rows_dropped + self.num_rows_cut
+    def note_over(self, length: int, index: int) -> None:
+        """Count a row that is too long, and keep it in mind if it is among the longest."""
+        self.num_rows_over += 1
+        self.worst = sorted([*self.worst, (length, index)], key=lambda w: (-w[0], w[1]))[:NUM_WORST_SHOWN]
 
-    @property
-    def lost_share(self) -> float:
-        return self.num_answer_tokens_lost / max(1, self.num_answer_tokens)
+
+def refuse(counts: OverlongCounts, where: Callable[[int], str]) -> None:
+    """Raise a DataError that shows the longest rows, if the policy is "error" and there were any.
+
+    Args:
+        counts: of a whole split.
+        where: gives the place of example ``index``.
+    """
+    if counts.policy != "error" or not counts.num_rows_over:
+        return
+    worst = "\n".join(f"  {where(index)}: {length} tokens" for length, index in counts.worst)
+    rows = "1 row is" if counts.num_rows_over == 1 else f"{counts.num_rows_over} rows are"
+    raise DataError(
+        f"{rows} longer than --max-length {counts.max_length}; the longest:\n{worst}",
+        hint=f"--max-length {counts.worst[0][0]} keeps them whole; --overlong drop, truncate or split says what to do",
+    )
+
+
+def overlong_facts(counts: OverlongCounts, where: Callable[[int], str]) -> dict[str, Any]:
+    """The counts as JSON values, the longest rows by their place."""
+    return {**asdict(counts), "worst": [[where(index), length] for length, index in counts.worst]}
 
 
 class OverlongPolicy:
@@ -47,7 +69,6 @@ class OverlongPolicy:
         policy: "drop", "truncate", "split" or "error".
         max_length: longest sequence in tokens.
         encode_example: renders and tokenises a part of an example again, for "split".
-        where: gives the place of example ``index`` for messages.
         bos_id: the token that begins every piece of a text, where the text began with it.
     """
 
@@ -56,26 +77,22 @@ class OverlongPolicy:
         policy: str,
         max_length: int,
         encode_example: EncodeExample,
-        where: Callable[[int], str],
         bos_id: int | None,
     ) -> None:
         self.max_length = max_length
         self.bos_id = bos_id
         self.encode_example = encode_example
-        self.where = where
         self.counts = OverlongCounts(policy, max_length)
-        self._worst: list[tuple[int, int]] = []
 
     def apply(self, example: Example, rows: Sequence[Encoded]) -> list[Encoded]:
-        """Return what is kept of the sequences of one example. With "error" they are noted, and :meth:`finish` raises."""
+        """Return what is kept of the sequences of one example. With "error" they are noted for :func:`refuse`."""
         counts = self.counts
         counts.num_answer_tokens += sum(row.num_trained for row in rows)
         longest = max((len(row) for row in rows), default=0)
         if longest <= self.max_length:
             return list(rows)
-        counts.num_rows_over += 1
+        counts.note_over(longest, rows[0].index)
         if counts.policy == "error":
-            self._worst = sorted([*self._worst, (-longest, rows[0].index)])[:NUM_WORST_SHOWN]
             return list(rows)
         if counts.policy == "split":
             return self._split(example, rows)
@@ -96,18 +113,6 @@ class OverlongPolicy:
         else:
             counts.num_rows_dropped += 1
         return kept
-
-    def finish(self) -> None:
-        """Raise a DataError that shows the longest rows, if the policy is "error" and there were any."""
-        if self.counts.policy != "error" or not self.counts.num_rows_over:
-            return
-        worst = "\n".join(f"  {self.where(index)}: {-length} tokens" for length, index in self._worst)
-        number = self.counts.num_rows_over
-        longest = -self._worst[0][0]
-        raise DataError(
-            f"{number} row{'s are' if number > 1 else ' is'} longer than --max-length {self.max_length}; the longest:\n{worst}",
-            hint=f"--max-length {longest} keeps them whole; --overlong drop, truncate or split says what to do with them",
-        )
 
     def _split(self, example: Example, rows: Sequence[Encoded]) -> list[Encoded]:
         counts = self.counts

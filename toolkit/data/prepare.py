@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from toolkit.data.classify import classify, label_names_of
 from toolkit.data.columns import classification_dataset, language_model_dataset
 from toolkit.data.examples import Example, Labelled
 from toolkit.data.language import encode_examples, turn_end_of
+from toolkit.data.overlong import overlong_facts
 from toolkit.data.recognise import Layout, build_examples, recognise
 from toolkit.data.selection import hold_out, select_tables
 from toolkit.errors import DataError
@@ -66,13 +67,18 @@ def prepare(
         tokenizer: a transformers tokenizer, with the chat template that inference uses too.
         task: "causal-lm" or "sequence-classification".
         seed: decides which rows ``eval_fraction`` holds out.
-        enforce: raise when the check finds problems, unless ``config.skip_data_check``.
+        enforce: raise when the check finds problems, unless ``config.skip_data_check``. Without, rows that are too
+            long under --overlong error are left out and become a problem of the report.
         use_cache: look in the tokenised cache, and write into it.
 
     Raises:
         DataError: wrong data (message with file and row), no row left, or problems that the check found.
         ModelError: chat data and a tokenizer without chat template.
     """
+    asked = config
+    if not enforce and config.overlong == "error":
+        # A report of everything that is wrong says more than an error about the first thing.
+        config = config.model_copy(update={"overlong": "drop"})
     train_table, evaluation_table = select_tables(config)
     layout = _layout(train_table, config, task)
     key = _fingerprint(config, tokenizer, task, seed, layout, train_table, evaluation_table)
@@ -84,7 +90,7 @@ def prepare(
         prepared = _build(config, tokenizer, task, seed, layout, train_table, evaluation_table, key)
         if use_cache:
             prepared = _store(folder, prepared)
-    judge(prepared.report, config)
+    judge(prepared.report, asked)
     if enforce and prepared.report.problems and not config.skip_data_check:
         lines = "\n".join(f"  - {problem}" for problem in prepared.report.problems)
         raise DataError(
@@ -219,7 +225,7 @@ def _classification_rows(
             where=split.where,
         )
         split.report.lengths = Lengths.of(lengths, "tokens")
-        split.report.overlong = asdict(counts)
+        split.report.overlong = overlong_facts(counts, split.where)
         split.report.num_sequences = len(rows)
         split.report.num_tokens = sum(len(row) for row in rows)
         split.report.longest = max((len(row) for row in rows), default=0)
@@ -273,5 +279,11 @@ def _load(entry: cache.Entry, *, is_from_cache: bool = True) -> Prepared:
     report = CheckReport.from_dict(entry.facts["report"])
     train, evaluation = cache.load(entry, "train"), cache.load(entry, "evaluation")
     return Prepared(
-        train, evaluation, report.label_names, report, entry.folder.name, entry.facts["longest"], is_from_cache
+        train,
+        evaluation,
+        report.label_names,
+        report,
+        entry.folder.name,
+        entry.facts["longest"],
+        is_from_cache,
     )

@@ -61,7 +61,7 @@ def recognise(table: Table, *, data_format: str, data_mapping: Mapping[str, str]
         )
     for entry in candidates:
         columns = _columns(entry, table.columns, data_mapping)
-        if all(field in columns for field in entry.needs):
+        if _fits(entry, table.columns, data_mapping):
             if entry.gives == "labelled" and task != "sequence-classification":
                 raise DataError(
                     f"{table.source}: the format {entry.name} has labels and the task is {task}",
@@ -69,6 +69,29 @@ def recognise(table: Table, *, data_format: str, data_mapping: Mapping[str, str]
                 )
             return Layout(entry, columns)
     raise DataError(_no_fit(table, candidates, data_mapping), hint=_hint(table, candidates))
+
+
+def guess_task(table: Table, config: Any) -> str:
+    """The task of ``config`` or, where that is "auto" or absent, the one that fits the columns.
+
+    Args:
+        table: the rows.
+        config: has data_format and data_mapping, perhaps task.
+    """
+    task = getattr(config, "task", "auto")
+    if task != "auto":
+        return task
+    if config.data_format in FORMATS:
+        labelled = FORMATS[config.data_format].gives == "labelled"
+    else:
+        found = [f for f in FORMATS.values() if _fits(f, table.columns, config.data_mapping)]
+        labelled = bool(found) and found[0].gives == "labelled"
+    return "sequence-classification" if labelled else "causal-lm"
+
+
+def _fits(entry: DataFormat, present: Sequence[str], mapping: Mapping[str, str]) -> bool:
+    columns = _columns(entry, present, mapping)
+    return all(field in columns for field in entry.needs)
 
 
 def _usable(task: str) -> list[DataFormat]:
