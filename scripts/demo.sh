@@ -12,8 +12,9 @@ readonly MODEL=.cache/models/smollm2-135m-instruct
 readonly DATA=.cache/data/conversations
 readonly RUN=runs/demo
 
-if [[ ! -d $MODEL ]]; then meldkit models smollm2-135m-instruct --out "$MODEL"; fi
-if [[ ! -d $DATA ]]; then meldkit data samples conversations --out "$DATA"; fi
+# Both keep what is complete already.
+meldkit models smollm2-135m-instruct --out "$MODEL"
+meldkit data samples conversations --out "$DATA"
 # A demonstration begins anew each time: an earlier one steps aside and is never overwritten.
 if [[ -d $RUN ]]; then mv "$RUN" "$RUN-before-$(date +%Y%m%d-%H%M%S)"; fi
 meldkit train centralized-hf --config recipes/configs/demo.yaml "$@"
