@@ -1,8 +1,4 @@
-"""Line charts as static SVG, drawn from plain numbers; colours are CSS variables, so that they follow the page.
-
-marks = [Line(name="en-US", colour=0, points=[(1, 2.3), (2, 1.9)])]
-svg = line_chart(marks, y_label="loss", y_format=wording.number)
-"""
+"""Line charts as static SVG, drawn from plain numbers. Their colours are CSS classes, set by the page."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +10,7 @@ from toolkit.reporting import wording
 
 NUM_COLOURS = 8
 MAX_POINTS = 600
-MAX_HOVER_POINTS = 600
+MAX_HOVER_POINTS = 400
 DASHES = ("", "7 3", "2 3")
 
 WIDTH, HEIGHT = 520, 260
@@ -49,7 +45,7 @@ def line_chart(
         lines: drawn in this order, so that the last is on top.
         label: what the chart shows, for screen readers and in the hover texts.
         x_name: what x counts.
-        y_format: a y value as text, on the axis and in the hover texts.
+        y_format: a y value as text in the hover texts; the axis has its own short form.
         from_zero: the y axis begins at zero.
     """
     finite = [(x, y) for line in lines for x, y in line.points if math.isfinite(y)]
@@ -57,12 +53,12 @@ def line_chart(
         return ""
     low, high = min(y for _, y in finite), max(y for _, y in finite)
     y_ticks = nice_ticks(min(0.0, low) if from_zero else low, high, 5)
-    first, last = min(x for x, _ in finite), max(x for x, _ in finite)
+    first, last = 0.0, max(x for x, _ in finite)
     x_ticks = [tick for tick in nice_ticks(first, last, 6, whole=True) if first <= tick <= last]
     frame = _Frame(first, last, min(y_ticks[0], low), max(y_ticks[-1], high))
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)} by {escape(x_name)}">',
-        *_axes(frame, x_ticks, y_ticks, x_name, y_format),
+        *_axes(frame, x_ticks, y_ticks, x_name),
         *(part for line in lines for part in _marks(frame, line)),
         *_hover(frame, [line for line in lines if line.style != "faint"], x_name, y_format),
         "</svg>",
@@ -71,7 +67,7 @@ def line_chart(
 
 
 def nice_ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
-    """About ``count`` round numbers (1, 2 or 5 times a power of ten apart) that enclose ``low`` to ``high``.
+    """About ``count`` round numbers, 1, 2 or 5 times a power of ten apart, that enclose ``low`` to ``high``.
 
     Args:
         whole: only whole numbers.
@@ -90,7 +86,7 @@ def nice_ticks(low: float, high: float, count: int, *, whole: bool = False) -> l
 
 
 def thinned(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """At most ``limit`` of ``points``: of each stretch the lowest and the highest, and one that is not finite."""
+    """At most ``limit`` of ``points``: of each stretch the lowest, the highest and one that is not finite."""
     if len(points) <= limit:
         return list(points)
     kept: list[Point] = []
@@ -135,21 +131,17 @@ class _Frame:
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
 
-def _axes(
-    frame: _Frame,
-    x_ticks: Sequence[float],
-    y_ticks: Sequence[float],
-    x_name: str,
-    y_format: Callable[[float], str],
-) -> Iterator[str]:
+def _axes(frame: _Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], x_name: str) -> Iterator[str]:
     for tick in y_ticks:
         y = frame.y(tick)
         yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
-        yield f'<text class="tick" x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{escape(y_format(tick))}</text>'
+        text = wording.tick(tick)
+        yield f'<text class="tick" x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{text}</text>'
     for tick in x_ticks:
         x = frame.x(tick)
         yield f'<line class="axis" x1="{x}" x2="{x}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>'
-        yield f'<text class="tick" x="{x}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{tick:,.0f}</text>'
+        text = wording.tick(tick)
+        yield f'<text class="tick" x="{x}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{text}</text>'
     yield (
         f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
     )
@@ -194,4 +186,5 @@ def _hover(
         for x, y in line.points[::stride]:
             if math.isfinite(y):
                 text = escape(f"{line.name}: {y_format(y)} at {x_name} {x:,.0f}")
-                yield f'<circle class="hit" cx="{frame.x(x)}" cy="{frame.y(y)}" r="6"><title>{text}</title></circle>'
+                place = f'cx="{frame.x(x)}" cy="{frame.y(y)}"'
+                yield f'<circle class="hit" {place} r="6"><title>{text}</title></circle>'

@@ -1,9 +1,9 @@
-"""report.html: a run on one page that needs nothing but a browser. Drawn from the history, for 1 or 20 participants."""
+"""report.html: a run on one page that needs nothing but a browser, drawn from the history."""
 
 import importlib.resources
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ logger = logging.getLogger("toolkit.reporting")
 REPORT_NAME = "report.html"
 # With more participants the unsmoothed losses would hide the smoothed ones.
 MAX_RAW_SERIES = 3
+NOISY_COLUMNS = ("grad_norm", "tokens_per_second", "utilization_percent", "power_watts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,9 @@ def render(history: History, *, config: Mapping[str, Any], run_dir: Path) -> str
         end=history.end,
         charts=_charts(history),
         legend=_legend(history),
+        metric_names=list(
+            dict.fromkeys(m for p in metrics["participants"].values() for m in p["evaluation"])
+        ),
         evaluations=history.evaluations,
         samples=_samples(history),
         data_check=history.data_check,
@@ -113,24 +117,27 @@ def _tiles(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _charts(history: History) -> list[Chart]:
-    def gigabytes(value: float) -> str:
-        return wording.number(value, 2)
-
-    wanted: list[tuple[str, str, str, float, Callable[[float], str], bool]] = [
-        ("learning rate", "", "learning_rate", 1, _short, True),
-        ("gradient norm", "before clipping", "grad_norm", 1, _short, True),
-        ("tokens a second", "", "tokens_per_second", 1, _short, True),
-        ("peak memory", "GB", "memory_bytes", 1e-9, gigabytes, True),
-        ("GPU utilisation", "%", "utilization_percent", 1, _short, True),
-        ("GPU power", "W", "power_watts", 1, _short, True),
+    wanted = [
+        ("learning rate", "", "learning_rate", 1),
+        ("gradient norm", "before clipping", "grad_norm", 1),
+        ("tokens a second", "", "tokens_per_second", 1),
+        ("peak memory", "GB", "memory_bytes", 1e-9),
+        ("GPU utilisation", "%", "utilization_percent", 1),
+        ("GPU power", "W", "power_watts", 1),
     ]
+    all_series = _in_order(history)
+    is_smoothed = len(all_series) > MAX_RAW_SERIES
     drawn = [_loss_chart(history), *_metric_charts(history)]
-    for title, note, column, factor, form, from_zero in wanted:
+    for title, note, column, factor in wanted:
         lines = []
-        for colour, (name, series) in enumerate(_in_order(history)):
-            pairs = zip(series["step"], series[column], strict=True)
-            lines.append(charts.Line(name=name, colour=colour, points=[(x, y * factor) for x, y in pairs]))
-        drawn.append(_chart(lines, title, note, form, from_zero=from_zero))
+        for colour, (name, series) in enumerate(all_series):
+            points = [(x, y * factor) for x, y in zip(series["step"], series[column], strict=True)]
+            if is_smoothed and column in NOISY_COLUMNS:
+                points = charts.smoothed(points)
+            lines.append(charts.Line(name=name, colour=colour, points=points))
+        if is_smoothed and column in NOISY_COLUMNS:
+            note = ", ".join(filter(None, [note, "smoothed"]))
+        drawn.append(_chart(lines, title, note, from_zero=True))
     return [chart for chart in drawn if chart.svg]
 
 
@@ -144,14 +151,14 @@ def _loss_chart(history: History) -> Chart:
     held_out = _evaluation_lines(history, "loss")
     note = "training (line, smoothed)" + (", held out (dots)" if held_out else "")
     lines = [*(raw if len(raw) <= MAX_RAW_SERIES else []), *smooth, *held_out]
-    return _chart(lines, "loss", note, wording.number)
+    return _chart(lines, "loss", note)
 
 
 def _metric_charts(history: History) -> list[Chart]:
     """A chart for each other metric of the evaluations."""
     names = dict.fromkeys(name.removeprefix("eval_") for e in history.evaluations for name in e["metrics"])
     return [
-        _chart(_evaluation_lines(history, name, joined=True), name.replace("_", " "), "held out", _short)
+        _chart(_evaluation_lines(history, name, joined=True), name.replace("_", " "), "held out")
         for name in names
         if name != "loss"
     ]
@@ -173,16 +180,9 @@ def _evaluation_lines(history: History, metric: str, *, joined: bool = False) ->
     return [line for line in lines if line.points]
 
 
-def _chart(
-    lines: Sequence[charts.Line],
-    title: str,
-    note: str,
-    form: Callable[[float], str],
-    *,
-    from_zero: bool = False,
-) -> Chart:
+def _chart(lines: Sequence[charts.Line], title: str, note: str, *, from_zero: bool = False) -> Chart:
     # Every text inside is escaped by the chart module.
-    svg = Markup(charts.line_chart(lines, label=title, y_format=form, from_zero=from_zero))  # noqa: S704
+    svg = Markup(charts.line_chart(lines, label=title, from_zero=from_zero))
     return Chart(title=title, note=note, svg=svg)
 
 
@@ -231,14 +231,6 @@ def _files(run_dir: Path) -> list[tuple[str, str]]:
                 (f"{path.name}/", "") if path.is_dir() else (path.name, wording.size(path.stat().st_size))
             )
     return found
-
-
-def _short(value: float) -> str:
-    """A number on an axis: 0.5, 120, 12k, 5e-05."""
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e7):
-        mantissa, exponent = f"{value:.3g}".split("e") if "e" in f"{value:.3g}" else f"{value:.1e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value / 1000:.4g}k" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def _value(value: Any) -> str:

@@ -19,6 +19,17 @@ def number(value: float | str | None, digits: int = 4) -> str:
     return f"{value:.{places}f}"
 
 
+def tick(value: float) -> str:
+    """A round number on an axis: 0.5, 1200, 12k, 1.5M, 5e-5."""
+    if value and abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.6e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= factor * (10 if unit == "k" else 1):
+            return f"{value / factor:.6g}{unit}"
+    return f"{value:.6g}"
+
+
 def rate(value: float) -> str:
     """A learning rate: 1e-04 as 1.00e-04."""
     return f"{value:.2e}"
