@@ -11,6 +11,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from toolkit.launch.world import RANK_FOLDER_VARIABLE
 
 FORWARDED_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 """Signals that the launcher passes on to the ranks. The process between the two blocks them."""
+
+INPUT_WRONG_WAIT_SECONDS = 10.0
 
 _PR_SET_PDEATHSIG = 1
 
@@ -48,6 +51,18 @@ def _redirect_output(path: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+
+
+def _let_rank_0_say_it(folder: Path) -> None:
+    """Wait until rank 0 has ended too: every rank finds the same input wrong, and rank 0 has the terminal.
+
+    Without this the end of this rank would stop rank 0 before its message.
+    """
+    give_up_at_seconds = time.monotonic() + INPUT_WRONG_WAIT_SECONDS
+    while time.monotonic() < give_up_at_seconds:
+        if any(rank.rank == 0 and rank.exit_status is not None for rank in status.read(folder)):
+            return
+        time.sleep(0.05)
 
 
 def run_module(module: str, arguments: Sequence[str]) -> int:
@@ -85,6 +100,8 @@ def main() -> int:
         exit_status = status.INTERRUPTED
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
+    if exit_status == status.INPUT_WRONG and rank != 0:
+        _let_rank_0_say_it(folder)
     status.report(folder, rank, exit_status)
     # To torch's agent an interrupted rank looks done: on any other status it would at once stop the ranks
     # that are still writing their checkpoint. The launcher reads the true status from the report.

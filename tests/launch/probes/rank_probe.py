@@ -9,11 +9,16 @@ from types import FrameType
 
 
 def all_reduce() -> int:
-    """Sum the rank numbers + 1 over all processes."""
+    """Join the world of the plan and sum the rank numbers + 1 over all processes."""
     import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=True)
+    from toolkit.config.options import LaunchOptions
+    from toolkit.launch.plan import resolve_plan
+    from toolkit.training.world import prepare_world
+
+    prepare_world(resolve_plan(LaunchOptions(num_processes=2, cpu=True)))
+    state = PartialState()
     total = torch.tensor([state.process_index + 1.0])
     torch.distributed.all_reduce(total)
     print(f"rank {state.process_index} of {state.num_processes}: sum {int(total.item())}")

@@ -1,4 +1,4 @@
-"""Train a tiny model three steps in the world of a plan: ``python -m trainer_probe OPTIONS RESULT`` (JSON)."""
+"""Train a tiny model in the world of a plan: ``python -m trainer_probe OPTIONS RESULT`` (JSON files)."""
 
 import json
 import sys

@@ -1,0 +1,104 @@
+"""scripts/run_centralized.sh: what it finds, passes on and says."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "run_centralized.sh"
+
+
+def run_script(
+    script: Path, *arguments: str, environ: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(script), *arguments], env=environ, cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project with the script and a recipe that prints where it runs and what it got."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "recipes").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "scripts")
+    recipe = "import os, sys\nprint(os.getcwd(), *sys.argv[1:], sep='|')\nsys.exit(75)\n"
+    (tmp_path / "recipes" / "centralized_hf.py").write_text(recipe)
+    return tmp_path / "scripts" / SCRIPT.name
+
+
+@pytest.fixture
+def active_environment() -> dict[str, str]:
+    return {"PATH": os.environ["PATH"], "VIRTUAL_ENV": sys.prefix}
+
+
+def test_the_script_is_sound() -> None:
+    assert subprocess.run(["bash", "-n", str(SCRIPT)], check=False).returncode == 0
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    checked = subprocess.run([str(shellcheck), str(SCRIPT)], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("framework", [[], ["--framework", "hf"], ["--framework=hf"]])
+def test_options_go_on_unchanged_from_where_the_user_stands(
+    project: Path, active_environment: dict[str, str], tmp_path: Path, framework: list[str]
+) -> None:
+    options = ["--gpu", "0", "--run-name", "two words", "--sample-prompts", "", "--max-epochs", "1"]
+    result = run_script(project, *framework, *options, environ=active_environment, cwd=tmp_path / "recipes")
+    assert result.returncode == 75  # the recipe's exit status
+    assert result.stdout.rstrip("\n").split("|") == [str(tmp_path / "recipes"), *options]
+
+
+def test_help_needs_no_installation(project: Path) -> None:
+    result = run_script(project, "--help", environ={"PATH": "/usr/bin:/bin"})
+    assert result.returncode == 0
+    assert "--framework hf|unsloth" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--framework", "jax"], "there is no framework 'jax'"),
+        (["--framework"], "--framework needs a value"),
+        (["--framework", "unsloth", "--gpu", "0"], "no recipe for --framework unsloth yet"),
+    ],
+)
+def test_wrong_input_is_one_message_and_exit_2(project: Path, arguments: list[str], message: str) -> None:
+    result = run_script(project, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("error:") == 1
+    assert not result.stdout
+
+
+def test_without_meldkit_it_says_what_to_do(project: Path, tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("bash", "dirname"):
+        (tools / tool).symlink_to(shutil.which(tool) or tool)
+    result = run_script(project, environ={"PATH": str(tools)})
+    assert result.returncode == 2
+    assert "meldkit is not installed" in result.stderr
+    assert "make setup" in result.stderr
+
+
+def test_the_real_recipe_answers_a_dry_run(active_environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n')
+    options = [
+        "--model",
+        "some/model",
+        "--data",
+        "rows.jsonl",
+        "--eval-data",
+        "rows.jsonl",
+        "--output-dir",
+        "run",
+    ]
+    result = run_script(SCRIPT, "--gpu", "0", "--dry-run", *options, environ=active_environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Launch plan" in result.stdout
+    assert not (tmp_path / "run").exists()
