@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from toolkit.cli import help as texts
+from toolkit.cli import option_help
 from toolkit.cli.main import main
 from toolkit.config.recipes import RECIPES
 
@@ -45,7 +46,7 @@ def test_the_installed_command_is_this_one():
 def test_help_fits_the_terminal(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     for recipe, config_class in RECIPES.items():
-        for line in texts.recipe_help(recipe, config_class).splitlines():
+        for line in option_help.recipe_help(recipe, config_class).splitlines():
             # A word that is longer than the terminal cannot be broken.
             assert len(line) <= max(40, min(columns, 110)) or len(line.split()) <= 2, line
     for text in (texts.main_help(), texts.train_help(), texts.data_help()):
@@ -53,7 +54,7 @@ def test_help_fits_the_terminal(monkeypatch, columns):
 
 
 def test_recipe_help_has_every_option_with_its_default():
-    text = texts.recipe_help("centralized-hf", RECIPES["centralized-hf"])
+    text = option_help.recipe_help("centralized-hf", RECIPES["centralized-hf"])
     for name, field in RECIPES["centralized-hf"].model_fields.items():
         flag = name.replace("_", "-")
         assert f"  --{flag} " in text or f"  --[no-]{flag}" in text, name

@@ -5,10 +5,7 @@
 
 import os
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 from toolkit.cli.terminal import RED, err, styled
@@ -63,6 +60,8 @@ def guarded(
 
 def _say(kind: str, message: str, hint: str | None, *, debug: bool) -> None:
     if debug:
+        import traceback
+
         err(traceback.format_exc().rstrip())
     rank = _rank()
     head = kind if rank in ("", "0") else f"[rank {rank}] {kind}"
@@ -77,6 +76,11 @@ def _rank() -> str:
 
 def _write_traceback(log: Path | None) -> Path:
     """Append the traceback to the log of the run, or write it to a file of its own."""
+    # Imported here: help and dry runs answer faster without.
+    import tempfile
+    import traceback
+    from datetime import UTC, datetime
+
     text = f"{datetime.now(UTC).isoformat(timespec='seconds')} ERROR\n{traceback.format_exc()}"
     if log is not None:
         try:

@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from toolkit.config.names import nearest
+from toolkit.config.shipped import shipped_file
 from toolkit.errors import DataError, InputError, ModelError
 
 DATA_OPTIONS = ("data", "eval_data")
@@ -32,8 +33,11 @@ def missing_files(config: BaseModel) -> list[tuple[str, str]]:
     return missing
 
 
-def check_files(config: BaseModel) -> None:
+def check_files(config: BaseModel, recipe: str) -> None:
     """Raise one error that names every missing file.
+
+    Args:
+        recipe: its name, for the advice.
 
     Raises:
         DataError, ModelError, InputError: by what is missing first.
@@ -44,7 +48,11 @@ def check_files(config: BaseModel) -> None:
     lines = [f"{name}: there is no {path}{_neighbour(path)}" for name, path in missing]
     names = [name for name, _ in missing]
     if names[0] in DATA_OPTIONS:
-        hint = "meldkit data samples makes sample data; --data takes a file, a folder or a hub id"
+        config_flag = f"--config {recipe} " if shipped_file(recipe) else ""
+        hint = (
+            "meldkit data samples conversations --out sample_data makes data to try; then "
+            f"meldkit train {recipe} {config_flag}--data sample_data --eval-data none"
+        )
         raise DataError("\n  ".join(lines), hint=hint)
     if names[0] in MODEL_OPTIONS:
         hint = "meldkit models makes sample models; --model takes a hub id, a folder or a .gguf file"

@@ -77,7 +77,7 @@ def _data(argv: list[str]) -> int:
 def _models(argv: list[str]) -> int:
     from toolkit.modeling.samples.commands import models
 
-    return models(argv or ["--help"])
+    return models(argv)
 
 
 def _completion(argv: list[str]) -> int:

@@ -30,7 +30,7 @@ def run_recipe(recipe: str, argv: Sequence[str]) -> int:
     """
     argv = list(argv)
     if HELP_FLAGS.intersection(argv):
-        from toolkit.cli.help import recipe_help
+        from toolkit.cli.option_help import recipe_help
 
         return guarded(lambda: _print(recipe_help(recipe, RECIPES[recipe])), debug=False)
     starter = _Starter(recipe, argv)
@@ -58,7 +58,7 @@ class _Starter:
             return self._print_config(loaded) if is_main else 0
         if request.dry_run:
             return self._dry_run(loaded) if is_main else 0
-        check_files(loaded.config)
+        check_files(loaded.config, self.recipe)
         return self._run(loaded)
 
     def _run(self, loaded: Loaded[Any]) -> int:
@@ -125,7 +125,7 @@ class _Starter:
             out(f"#   {shell_line(plan, module)}")
         else:
             out(f"#   {shlex.join(['meldkit', *module[1:]])}")
-        check_files(loaded.config)
+        check_files(loaded.config, self.recipe)
         out("\n# Dry run: nothing was started.")
         return 0
 

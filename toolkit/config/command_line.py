@@ -174,7 +174,10 @@ class _Splitter:
             self._next_value()  # it belongs to the unknown flag
         hint = renamed(name, self.options)
         if hint is not None:
-            self.out.problems.append(f"{flag}: unknown option; {hint.sentence}")
+            sentence = hint.sentence
+            for option in hint.options:
+                sentence = sentence.replace(f"'{option}'", f"'{self.options[option].flag}'")
+            self.out.problems.append(f"{flag}: unknown option; {sentence}")
             self.out.misspelt.update(hint.options)
             return
         valid = {o.flag[2:] for o in self.options.values()} | {n.replace("_", "-") for n in REQUEST_NAMES}

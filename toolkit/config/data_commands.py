@@ -36,7 +36,8 @@ class TokenizerOptions(Options):
 class DataCheckConfig(TokenizerOptions, DataOptions):
     """Look for what would spoil a training: empty or cut answers, duplicates, leaks between splits.
 
-    Without --model or --tokenizer only rows and characters are looked at. Exit status 2 when there are problems.
+    Without --model or --tokenizer only rows and characters are looked at. Exit status 2 when there are
+    problems.
     """
 
     output: Literal["text", "json"] = "text"
@@ -58,11 +59,13 @@ class PreviewConfig(TokenizerOptions, DataOptions):
 
 
 class SplitConfig(Options):
-    """Split data into train.json, valid.json and test.json, or among clients into client_0.json, client_1.json, ...
-    and valid.json. Stratified by label where there is one; equal rows never part; the same for the same seed."""
+    """Split data into train.json, valid.json and test.json, or among clients into client_0.json,
+    client_1.json, ... and valid.json. Stratified by label where there is one; equal rows never part; the same
+    for the same seed."""
 
     data: str
-    """The rows: a .json, .jsonl, .csv or .parquet file, a folder of such files or saved with datasets, or a hub id."""
+    """The rows: a .json, .jsonl, .csv or .parquet file, a folder of such files or saved with datasets, or a
+    hub id."""
 
     out: Path
     """Folder for the files."""

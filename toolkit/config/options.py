@@ -63,6 +63,7 @@ class Options(BaseModel):
         protected_namespaces=(),
         validate_default=False,
         allow_inf_nan=False,
+        defer_build=True,
     )
 
     @model_validator(mode="after")
