@@ -1,10 +1,11 @@
-"""``meldkit data check | preview | split | formats``: each takes its arguments and returns the exit status."""
+"""``meldkit data check | preview | split | formats``: each takes its arguments and returns the exit
+status."""
 
 import json
 import sys
 from typing import Any, TypeVar
 
-from toolkit.cli.help import options_help
+from toolkit.cli.option_help import options_help
 from toolkit.cli.terminal import out
 from toolkit.config.data_commands import DataCheckConfig, PreviewConfig, SplitConfig
 from toolkit.config.load import load
@@ -33,7 +34,8 @@ def check(argv: list[str]) -> int:
 
 
 def check_report(config: DataCheckConfig) -> Any:
-    """The :class:`~toolkit.data.check.CheckReport` of ``config``; without a tokenizer of rows and characters only."""
+    """The :class:`~toolkit.data.check.CheckReport` of ``config``; without a tokenizer of rows and characters
+    only."""
     from toolkit.data.check import judge
     from toolkit.data.prepare import prepare, split_examples
     from toolkit.data.recognise import guess_task, recognise
