@@ -167,6 +167,8 @@ class Console:
 
     def _write(self, text: Text, *, fold: bool = True) -> None:
         """One line; on a terminal it is folded at words with the continuation indented, a path never."""
+        if not all(c.isprintable() or c in "\n\t" for c in text.plain):
+            text = Text("".join(c if c.isprintable() or c in "\n\t" else "�" for c in text.plain))
         if not self._is_live:
             encoding = getattr(self._stream, "encoding", None) or "utf-8"
             line = text.plain.encode(encoding, errors="replace").decode(encoding)

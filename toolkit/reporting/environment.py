@@ -42,6 +42,8 @@ VARIABLES = re.compile(
     r"MELDKIT|WANDB|TRACKIO|BNB|UNSLOTH|SLURM)_.*|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|"
     r"LANG|LC_ALL|PYTHONHASHSEED|PYTHONPATH|VIRTUAL_ENV|CONDA_PREFIX"
 )
+# Words of an option's name: --hub-token is secret, --sample-tokens is not.
+SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd", "credential", "credentials", "auth"}
 SECRET = re.compile(r"TOKEN(?!IZERS_)|KEY|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|PRIVATE", re.IGNORECASE)
 GIT_TIMEOUT_SECONDS = 10
 
@@ -102,10 +104,8 @@ def redacted(arguments: list[str]) -> list[str]:
     hide_next = False
     for argument in arguments:
         name, equals, _ = argument.partition("=")
-        is_secret_option = argument.startswith("-") and SECRET.search(name.replace("-", "_")) is not None
-        is_secret_option = is_secret_option and not name.lstrip("-").lower().startswith(
-            ("tokenizer", "max_token")
-        )
+        words = set(re.split(r"[-_.]+", name.lower()))
+        is_secret_option = argument.startswith("-") and bool(words & SECRET_WORDS)
         if hide_next and not argument.startswith("-"):
             shown.append("***")
         elif is_secret_option and equals:

@@ -149,7 +149,7 @@ class History:
             if step <= first:
                 break
             losses.append(loss)
-        return math.fsum(losses) / len(losses) if losses else None
+        return sum(losses) / len(losses) if losses else None
 
     def text(self) -> str:
         """The content of training_history.json: one recorded step a line."""

@@ -142,6 +142,9 @@ def build(
             the files hold beyond that step is dropped; everything before is continued. None: a fresh run.
         stream: where the terminal output goes; None: standard output.
 
+    Raises:
+        MissingDependencyError: a tracker that is asked for is not installed; nothing was written.
+
     Returns:
         The composite. Use it as a context manager or close it, or the last steps may be missing in the files.
     """
@@ -151,8 +154,10 @@ def build(
     from toolkit.reporting.history import HistoryWriter
     from toolkit.reporting.log_file import LogFile
     from toolkit.reporting.report import ReportWriter
-    from toolkit.reporting.trackers import build_trackers
+    from toolkit.reporting.trackers import build_trackers, missing_trackers
 
+    for error in missing_trackers(config):
+        raise error
     run_dir.mkdir(parents=True, exist_ok=True)
     history = HistoryWriter(run_dir, logging_steps=config.logging_steps, restored_steps=resumed_history)
     train_loss = history.history.train_loss_before

@@ -114,7 +114,7 @@ def _gpu_means(all_series: Sequence["Series"]) -> dict[str, float | None] | None
 def _mean(values: Iterable[float]) -> float | None:
     """Mean of what was measured (NaN is not measured, or lost); None for nothing."""
     measured = [value for value in values if not math.isnan(value)]
-    return _rounded(math.fsum(measured) / len(measured), 6) if measured else None
+    return _rounded(sum(measured) / len(measured), 6) if measured else None
 
 
 def _peak(values: Iterable[float]) -> int | None:

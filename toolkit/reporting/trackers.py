@@ -28,20 +28,20 @@ def missing_trackers(config: "ReportingConfig") -> list[MissingDependencyError]:
             name, purpose=f"--report-to {name}", extra="report" if name != "tensorboard" else None
         )
         for name in dict.fromkeys(config.report_to)
-        if importlib.util.find_spec(name) is None
+        if not is_installed(name)
     ]
+
+
+def is_installed(name: str) -> bool:
+    """Whether the package can be imported; a folder of that name (W&B makes one) does not count."""
+    found = importlib.util.find_spec(name)
+    return found is not None and found.origin is not None
 
 
 def build_trackers(
     run_dir: Path, config: "ReportingConfig", *, restored_steps: Mapping[str, int] | None = None
 ) -> "list[Listener]":
-    """The trackers that the configuration asks for.
-
-    Raises:
-        MissingDependencyError: one of them is not installed.
-    """
-    for error in missing_trackers(config):
-        raise error
+    """The trackers that the configuration asks for; look with :func:`missing_trackers` first."""
     trackers: list[Listener] = []
     for name in dict.fromkeys(config.report_to):
         if name == "tensorboard":

@@ -1,0 +1,49 @@
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from toolkit.config.recipes import CentralizedConfig
+
+FAKE_RUN = Path(__file__).parent / "fake_run.py"
+
+
+@pytest.fixture(scope="session")
+def fake_run() -> ModuleType:
+    """The script that makes synthetic records, as a module."""
+    spec = importlib.util.spec_from_file_location("meldkit_fake_run", FAKE_RUN)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def fake_run_path() -> Path:
+    return FAKE_RUN
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., CentralizedConfig]:
+    def make(**options: Any) -> CentralizedConfig:
+        options = {"report_to": [], "output_dir": tmp_path / "run", **options}
+        return CentralizedConfig(model="m", data="d", **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def read_strict() -> Callable[[Path], Any]:
+    """Read a JSON file; NaN and Infinity, which Python alone would take, are errors."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return lambda path: json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
