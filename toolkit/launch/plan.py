@@ -86,6 +86,9 @@ class LaunchPlan:
         elif self.device == "cpu":
             # Never together with DeepSpeed: accelerate then switches DeepSpeed off without a word.
             variables["ACCELERATE_USE_CPU"] = "true"
+            if deepspeed.is_installed("deepspeed"):
+                # accelerate imports it also where it is not used, and told nothing it warns of having no GPU.
+                variables["DS_ACCELERATOR"] = "cpu"
         return variables
 
 
