@@ -35,7 +35,8 @@ class CheckpointStore:
 
     def __init__(self, run_dir: Path, participant: str, journal: Journal, *, keep: int, process_state: Any) -> None:
         self.folder = run_dir / participant / "checkpoints"
-        self.staging = self.folder / f"{STAGING_PREFIX}work"
+        # Beside the participants' folders: the Trainer makes it before the run has begun.
+        self.staging = run_dir / f"{STAGING_PREFIX}{participant}"
         self._participant = participant
         self._journal = journal
         self._keep = keep

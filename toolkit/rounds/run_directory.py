@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from toolkit.durable import clear_leftovers, write_json
+from toolkit.durable import STAGING_PREFIX, TRASH_PREFIX, clear_leftovers, write_json
 from toolkit.errors import RunDirectoryError
 from toolkit.rounds.journal import JOURNAL_NAME, Journal
 
@@ -106,6 +106,8 @@ class RunDirectory:
         """Release the folder; one that this object made and that holds no run is removed."""
         if self._lock is None:
             return
+        if not self._foreign_files() or (self.path / JOURNAL_NAME).exists():
+            clear_leftovers(self.path)
         os.close(self._lock)
         self._lock = None
         if not (self.path / JOURNAL_NAME).exists():
@@ -126,16 +128,18 @@ class RunDirectory:
             )
         self._create()
         self._take_lock()
-        if not resume:
-            others = sorted(p.name for p in self.path.iterdir() if p.name not in _BEFORE_A_RUN)
-            if others:
-                raise RunDirectoryError(
-                    f"{self.path} is not empty and holds no run of meldkit ({', '.join(others[:4])})",
-                    hint="give an empty or a new --output-dir",
-                )
-        clear_leftovers(self.path)
         if resume:
             self._check_drift(config, recipe)
+        elif others := self._foreign_files():
+            raise RunDirectoryError(
+                f"{self.path} is not empty and holds no run of meldkit ({', '.join(others[:4])})",
+                hint="give an empty or a new --output-dir",
+            )
+        clear_leftovers(self.path)
+
+    def _foreign_files(self) -> list[str]:
+        names = sorted(path.name for path in self.path.iterdir())
+        return [n for n in names if n not in _BEFORE_A_RUN and not n.startswith((STAGING_PREFIX, TRASH_PREFIX))]
 
     def _create(self) -> None:
         try:
