@@ -1,8 +1,8 @@
 """Tokenised data on disk, found again by its content.
 
-An entry is a folder named after the fingerprint (SHA-256 of rows, tokenizer, template, options and the code of this package), committed as
-a whole by :mod:`toolkit.durable`. A damaged entry is thrown away and built again. Two processes may build the same entry at once: both
-results are the same, the first commit stays.
+An entry is a folder named after a SHA-256 of rows, tokenizer, template, options and the code of this package,
+committed as a whole by :mod:`toolkit.durable`. A damaged entry is thrown away and built again. Two processes
+may build the same entry at once: both results are the same, the first commit stays.
 """
 
 import contextlib
@@ -12,8 +12,9 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,19 @@ CODE_FILES = (
     "prepare",
     "recognise",
     "render",
+    "special",
+    "language",
+    "columns",
+    "selection",
+    "files",
+    "read",
 )
 LEFTOVER_AGE_SECONDS = 24 * 3600.0
 
 
 def cache_folder(chosen: Path | None) -> Path:
-    """--data-cache, else $MELDKIT_CACHE, else ~/.cache/meldkit; the entries lie in ``tokenised/`` below it."""
+    """--data-cache, else $MELDKIT_CACHE, else ~/.cache/meldkit; the entries lie in ``tokenised/`` below
+    it."""
     root = chosen or (
         Path(os.environ["MELDKIT_CACHE"]) if os.environ.get("MELDKIT_CACHE") else Path("~/.cache/meldkit")
     )
@@ -66,7 +74,8 @@ def template_sha256(tokenizer: Any) -> str | None:
 
 
 def code_sha256() -> str:
-    """Hash of the modules that decide what an entry holds: a change of one makes older entries unreachable."""
+    """Hash of the modules that decide what an entry holds: a change of one makes older entries
+    unreachable."""
     hasher = hashlib.sha256()
     for name in CODE_FILES:
         hasher.update(Path(__file__).with_name(f"{name}.py").read_bytes())
@@ -83,6 +92,13 @@ def fingerprint(rows: Iterable[Iterable[Mapping[str, Any]]], facts: Mapping[str,
             # Lone surrogates are legal in JSON and not in UTF-8.
             hasher.update(encode(row).encode("utf-8", "surrogatepass") + b"\x01")
     return hasher.hexdigest()
+
+
+def entry_key(content: str, sources: Sequence[str]) -> str:
+    """Name of an entry: the fingerprint of its content, the places that its report names, versions and code."""
+    versions = [version(name) for name in ("transformers", "tokenizers", "jinja2")]
+    facts = [content, list(sources), versions, code_sha256()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What the data is like, and whether training on it makes sense.
 
-:class:`CheckReport` is plain numbers that go to JSON and back; :func:`judge` compares them with the thresholds of DataOptions.
+:class:`CheckReport` is plain numbers that go to JSON and back; :func:`judge` compares them with the
+thresholds of DataOptions.
 """
 
 import dataclasses
@@ -60,8 +61,9 @@ class Lengths:
 class SplitReport:
     """One split. Rows are those of the source; sequences are what the model sees (before packing).
 
-    num_trained_tokens are the targets of the loss. num_bos_missing counts sequences that do not begin with BOS although the tokenizer
-    puts one at the beginning; num_eos_untrained those whose last trained token is neither EOS nor another special token.
+    num_trained_tokens are the targets of the loss. num_bos_missing counts sequences that do not begin with
+    BOS although the tokenizer puts one at the beginning; num_eos_untrained those whose last trained token is
+    neither EOS nor another special token.
     """
 
     name: str
@@ -181,7 +183,8 @@ def percent(share: float) -> str:
 
 
 def judge(report: CheckReport, config: Any) -> None:
-    """Fill in ``problems`` (training should not start) and ``warnings`` from the numbers and the thresholds of ``config``.
+    """Fill in ``problems`` (training should not start) and ``warnings`` from the numbers and the thresholds
+    of ``config``.
 
     Args:
         report: complete numbers.
@@ -201,7 +204,8 @@ def judge(report: CheckReport, config: Any) -> None:
             place, length = split.overlong["worst"][0]
             problems.append(
                 f"{split.name}: {split.overlong['num_rows_over']} rows are longer than --max-length "
-                f"{split.overlong['max_length']}, and --overlong is error; the longest is {place} with {length} tokens"
+                f"{split.overlong['max_length']}, and --overlong is error; the longest is {place} with "
+                f"{length} tokens"
             )
             continue
         touched = (
@@ -209,20 +213,24 @@ def judge(report: CheckReport, config: Any) -> None:
         )
         if split and touched / max(1, split.num_rows) > config.max_lost_rows:
             problems.append(
-                f"{split.name}: --overlong {split.overlong['policy']} touches {touched} of {split.num_rows} rows, "
+                f"{split.name}: --overlong {split.overlong['policy']} touches {touched} of "
+                f"{split.num_rows} rows, "
                 f"{percent(touched / split.num_rows)} (--max-lost-rows {config.max_lost_rows:g}, "
                 f"--max-length {split.overlong['max_length']})"
             )
     if train.num_duplicate_rows / max(1, train.num_rows) > config.max_duplicates:
         problems.append(
             f"{train.num_duplicate_rows} of {train.num_rows} training rows repeat an earlier row, "
-            f"{percent(train.num_duplicate_rows / train.num_rows)} (--max-duplicates {config.max_duplicates:g})"
+            f"{percent(train.num_duplicate_rows / train.num_rows)} (--max-duplicates "
+            f"{config.max_duplicates:g})"
         )
     if report.leaked_share > config.max_leaks:
         assert report.evaluation is not None
         problems.append(
-            f"{report.num_leaked_rows} of {report.evaluation.num_rows} held-out rows are in the training data too, "
-            f"{percent(report.leaked_share)} (--max-leaks {config.max_leaks:g}): {', '.join(report.leaked_places)}"
+            f"{report.num_leaked_rows} of {report.evaluation.num_rows} held-out rows are in the training "
+            "data too, "
+            f"{percent(report.leaked_share)} (--max-leaks {config.max_leaks:g}): "
+            f"{', '.join(report.leaked_places)}"
         )
     report.problems = problems
     stops = config.overlong == "error"
@@ -236,7 +244,7 @@ def _split_warnings(split: SplitReport, *, policy_stops: bool) -> list[str]:
     notes = {
         "empty answers, not trained": rendering.get("num_empty_answers", 0),
         "rows without anything to train, left out": rendering.get("num_rows_without_answer", 0),
-        "turns with a row of their own, since the template renders them otherwise once turns follow": rendering.get(
+        "turns with a row of their own (the template changes them once turns follow)": rendering.get(
             "num_turns_with_own_row", 0
         ),
         "rows with the text of a special token, which is read as that token": rendering.get(
@@ -247,7 +255,7 @@ def _split_warnings(split: SplitReport, *, policy_stops: bool) -> list[str]:
             "num_merged", 0
         ),
         "rows that repeat a text with another label": split.num_conflicting_labels,
-        "sequences without BOS at the beginning, where the tokenizer puts it before plain text": split.num_bos_missing,
+        "sequences without BOS, which the tokenizer puts before plain text": split.num_bos_missing,
         "sequences in which no token that ends the answer is trained": split.num_eos_untrained,
     }
     found = [f"{split.name}: {text}: {number}" for text, number in notes.items() if number]
@@ -269,19 +277,23 @@ def _token_warnings(report: CheckReport) -> list[str]:
         return found
     if 0 < train.trained_share < 0.01:
         found.append(
-            f"train: only {percent(train.trained_share)} of the tokens are trained; are the answers where they should be?"
+            f"train: only {percent(train.trained_share)} of the tokens are trained; are the answers where "
+            "they should be?"
         )
     if train.trained_share > 0.95 and report.data_format != "text":
         found.append(
-            f"train: {percent(train.trained_share)} of the tokens are trained; is the prompt part of the answers?"
+            f"train: {percent(train.trained_share)} of the tokens are trained; is the prompt part of the "
+            "answers?"
         )
     if train.rendering.get("num_open_ends"):
         found.append(
-            f"the chat template does not end an answer with a special token; EOS {report.eos_token!r} is appended"
+            f"the chat template does not end an answer with a special token; EOS {report.eos_token!r} is "
+            "appended"
         )
     if report.turn_end and report.eos_token and report.turn_end != report.eos_token:
         found.append(
-            f"an answer ends with {report.turn_end!r}, and the tokenizer's EOS is {report.eos_token!r}: generation has to stop at both"
+            f"an answer ends with {report.turn_end!r}, and the tokenizer's EOS is {report.eos_token!r}: "
+            "generation has to stop at both"
         )
     if report.eos_token is None:
         found.append("the tokenizer has no EOS: the model cannot learn to stop")

@@ -69,7 +69,8 @@ def classify(
     """
     if policy == "split":
         raise DataError(
-            "--overlong split cannot be used for sequence classification: a part of a text need not have its class",
+            "--overlong split cannot be used for sequence classification: a part of a text need not have "
+            "its class",
             hint="use --overlong truncate or drop",
         )
     numbers = {name: number for number, name in enumerate(label_names)}
@@ -83,7 +84,8 @@ def classify(
             if batch[offset].label not in numbers:
                 raise DataError(
                     f"{where(index)}: the label {batch[offset].label!r} is not in the training data",
-                    hint=f"labels of the training data: {', '.join(label_names[:20])}{', ...' if len(label_names) > 20 else ''}",
+                    hint="labels of the training data: "
+                    f"{', '.join(label_names[:20])}{', ...' if len(label_names) > 20 else ''}",
                 )
             lengths.append(len(ids))
             if len(ids) > max_length:

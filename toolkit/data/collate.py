@@ -9,15 +9,18 @@ IGNORED = -100
 
 
 class Collator:
-    """Makes a batch of rows: pads on the right, masks by length (a pad token that is also EOS stays trained where it is EOS).
+    """Makes a batch of rows: pads on the right, masks by length (a pad token that is also EOS stays trained
+    where it is EOS).
 
     Args:
         pad_token_id: fills ``input_ids``; never trained and never attended to.
         task: "causal-lm" (labels are token ids) or "sequence-classification" (labels are class numbers).
-        packing: leave the attention mask out and give ``position_ids``, which begin again with each row of a packed
-            sequence. Needs ``use_cache=False`` in the model: with a cache transformers ignores the borders.
+        packing: leave the attention mask out and give ``position_ids``, which begin again with each row of a
+            packed sequence. Needs ``use_cache=False`` in the model: with a cache transformers ignores the
+            borders.
         pad_to_multiple_of: lengths are rounded up to a multiple of this.
-        flatten: with packing, join the batch into one row [1, B*T]: flash attention isolates packed rows only then.
+        flatten: with packing, join the batch into one row [1, B*T]: flash attention isolates packed rows only
+            then.
     """
 
     def __init__(
@@ -44,12 +47,12 @@ class Collator:
         """Return the batch.
 
         Args:
-            rows: each with input_ids [T_i] and labels ([T_i], or a class number); with packing also position_ids [T_i] or
-                seq_lengths (lengths of the rows in it).
+            rows: each with input_ids [T_i] and labels ([T_i], or a class number); with packing also
+                position_ids [T_i] or seq_lengths (lengths of the rows in it).
 
         Returns:
-            input_ids int64 [B, T]; labels int64 [B, T] or [B]; attention_mask int64 [B, T], or with packing position_ids
-            int64 [B, T]. T is the longest row, rounded up.
+            input_ids int64 [B, T]; labels int64 [B, T] or [B]; attention_mask int64 [B, T], or with packing
+            position_ids int64 [B, T]. T is the longest row, rounded up.
 
         Raises:
             ValueError: with packing, a row that does not say where its parts begin.
@@ -68,7 +71,8 @@ class Collator:
         if not self.packing:
             batch["attention_mask"] = _padded([torch.ones_like(row) for row in ids], width, 0)
             return batch
-        # A pad at position 0 follows another position 0, or a last position that is not -1: every pad is a row of its own.
+        # A pad at position 0 follows another position 0, or a last position that is not -1: every pad is a
+        # row of its own.
         batch["position_ids"] = _padded([_positions(row) for row in rows], width, 0)
         return batch
 
@@ -85,13 +89,16 @@ def _positions(row: Mapping[str, Any]) -> torch.Tensor:
         return torch.as_tensor(row["position_ids"], dtype=torch.int64)
     if row.get("seq_lengths") is None:
         raise ValueError(
-            "a row of a packed batch has neither position_ids nor seq_lengths, so its parts would see each other; "
+            "a row of a packed batch has neither position_ids nor seq_lengths, so its parts would see each "
+            "other; "
             "prepare the data with packing, and keep its columns (remove_unused_columns=False)"
         )
     return torch.cat([torch.arange(int(length)) for length in row["seq_lengths"]])
 
 
 def _joined(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    joined = {name: [token for row in rows for token in row[name]] for name in ("input_ids", "labels")}
+    joined: dict[str, Any] = {
+        name: [token for row in rows for token in row[name]] for name in ("input_ids", "labels")
+    }
     joined["position_ids"] = torch.cat([_positions(row) for row in rows])
     return joined

@@ -1,6 +1,6 @@
 """Prepared rows as ``datasets.Dataset``, without going through Python lists."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,13 @@ def language_model_dataset(rows: Sequence[Encoded], *, pack_length: int | None, 
     Args:
         rows: encoded rows.
         pack_length: pack into sequences of at most this many tokens; None keeps one row a sequence.
-        has_positions: add the columns of packed rows even where a sequence is one row (held-out rows beside packed ones).
+        has_positions: add the columns of packed rows even where a sequence is one row (held-out rows beside
+            packed ones).
 
     Returns:
-        a ``datasets.Dataset`` with input_ids, labels (int32 [T], -100 where not trained) and length; packed also position_ids
-        (int32 [T], from 0 in each row) and seq_lengths (int32, the length of each row in the sequence).
+        a ``datasets.Dataset`` with input_ids, labels (int32 [T], -100 where not trained) and length; packed
+        also position_ids (int32 [T], from 0 in each row) and seq_lengths (int32, the length of each row in
+        the sequence).
     """
     groups = (
         [[n] for n in range(len(rows))] if pack_length is None else pack([len(r) for r in rows], pack_length)
@@ -54,7 +56,7 @@ def classification_dataset(rows: Sequence[Classified]) -> Any:
     )
 
 
-def _dataset(lists: dict[str, Iterable[np.ndarray]], numbers: dict[str, list[int]]) -> Any:
+def _dataset(lists: Mapping[str, Iterable[np.ndarray]], numbers: Mapping[str, list[int]]) -> Any:
     import datasets
     import pyarrow
 

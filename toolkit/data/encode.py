@@ -1,7 +1,8 @@
 """Rendered rows as token ids with a mask of the trained tokens.
 
-Whole rows are tokenised in batches; the spans become tokens through the tokenizer's character offsets. Only a row in which a token
-straddles the border between prompt and answer is tokenised piece by piece, so that the prompt has the very tokens that it has at inference.
+Whole rows are tokenised in batches; the spans become tokens through the tokenizer's character offsets. Only a
+row in which a token straddles the border between prompt and answer is tokenised piece by piece, so that the
+prompt has the very tokens that it has at inference.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from toolkit.data.render import Rendered
+from toolkit.data.special import SpecialTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,8 @@ class Encoded:
 
     Args:
         ids: token ids, int32 [T].
-        trained: bool [T], True where the token is a target of the loss. The first token never is: nothing predicts it.
+        trained: bool [T], True where the token is a target of the loss. The first token never is: nothing
+            predicts it.
         index: number of the example that it is from.
     """
 
@@ -39,7 +42,8 @@ class Encoded:
 class EncodeCounts:
     """What tokenising had to repair or could not.
 
-    num_straddling counts rows tokenised piece by piece, num_merged those in which that would have changed the text.
+    num_straddling counts rows tokenised piece by piece, num_merged those in which that would have changed the
+    text.
     """
 
     num_straddling: int = 0
@@ -61,10 +65,7 @@ class Encoder:
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
         # Tokens that can end an answer: EOS, and what a template ends a turn with.
-        self.turn_end_ids = set(tokenizer.all_special_ids)
-        self.turn_end_ids |= {
-            n for n, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special
-        }
+        self.turn_end_ids = SpecialTokens(tokenizer).ids
         self.adds_bos = self.bos_id is not None and tokenizer("a").input_ids[:1] == [self.bos_id]
 
     def encode(self, rows: Sequence[Rendered]) -> list[Encoded]:
@@ -96,7 +97,8 @@ class Encoder:
 
     @staticmethod
     def _trained(row: Rendered, offsets: np.ndarray) -> np.ndarray | None:
-        """The mask of a row, or None where a token reaches over the beginning of a span. ``offsets``: int64 [T, 2]."""
+        """The mask of a row, or None where a token reaches over the beginning of a span. ``offsets``: int64
+        [T, 2]."""
         begins, ends = offsets[:, 0], offsets[:, 1]
         trained = np.zeros(len(offsets), dtype=bool)
         for start, end in row.spans:

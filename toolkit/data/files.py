@@ -1,6 +1,7 @@
 """Rows of one file: JSON, JSON lines, CSV or Parquet, with errors that say where."""
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ def make_table(source: str, rows: Sequence[Row], places: Sequence[int], unit: st
             elif kind not in ("null", kinds[name][0]):
                 first_kind, first = kinds[name]
                 raise DataError(
-                    f"{table.where(index)}: column {name!r} holds {kind} here and {first_kind} in {table.where(first)}",
+                    f"{table.where(index)}: column {name!r} holds {kind} here and {first_kind} in "
+                    f"{table.where(first)}",
                     hint="give every row of a column the same kind of value",
                 )
     return Table(source, rows, tuple(kinds), places, unit)
@@ -150,7 +152,8 @@ def _read_json_lines(path: Path, text: str) -> Table:
         except ValueError as error:
             column = getattr(error, "colno", 1)
             raise DataError(
-                f"{path}:{number}: broken JSON at column {column} ({getattr(error, 'msg', error)}): {excerpt(line, column)}"
+                f"{path}:{number}: broken JSON at column {column} ({getattr(error, 'msg', error)}): "
+                f"{excerpt(line, column)}"
             ) from error
         if not isinstance(row, dict):
             raise DataError(
@@ -176,19 +179,26 @@ def _read_json(path: Path, text: str) -> dict[str, Table]:
             return {"": _read_json_lines(path, text)}
         line = text.split("\n")[error.lineno - 1]
         raise DataError(
-            f"{path}:{error.lineno}: broken JSON at column {error.colno} ({error.msg}): {excerpt(line, error.colno)}"
+            f"{path}:{error.lineno}: broken JSON at column {error.colno} ({error.msg}): "
+            f"{excerpt(line, error.colno)}"
         ) from error
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
-    if isinstance(value, dict) and value and all(isinstance(rows, list) for rows in value.values()):
-        if all(isinstance(row, dict) for rows in value.values() for row in rows):
-            return {split: _json_table(f"{path} [{split}]", rows) for split, rows in value.items()}
+    if _is_splits(value):
+        return {split: _json_table(f"{path} [{split}]", rows) for split, rows in value.items()}
     if not isinstance(value, list):
         raise DataError(
             f'{path}: a JSON array of rows is needed, or {{"data": [...]}}; this is {_kind(value)}',
             hint="one object a line is JSON lines: name the file .jsonl",
         )
     return {"": _json_table(str(path), value)}
+
+
+def _is_splits(value: Any) -> bool:
+    """{"train": [rows], "validation": [rows]}"""
+    if not isinstance(value, dict) or not value or not all(isinstance(rows, list) for rows in value.values()):
+        return False
+    return all(isinstance(row, dict) for rows in value.values() for row in rows)
 
 
 def _json_table(source: str, rows: list[Any]) -> Table:
@@ -203,7 +213,7 @@ def _json_table(source: str, rows: list[Any]) -> Table:
 def _read_csv(path: Path, text: str, delimiter: str) -> Table:
     # A text field may be longer than the 128 kB that the module allows at first.
     csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[Row] = []
     places: list[int] = []
     try:
@@ -215,7 +225,8 @@ def _read_csv(path: Path, text: str, delimiter: str) -> Table:
             if values:
                 if len(values) != len(header):
                     raise DataError(
-                        f"{path}:{line}: {len(values)} fields, and the first line names {len(header)} columns: "
+                        f"{path}:{line}: {len(values)} fields, and the first line names {len(header)} "
+                        "columns: "
                         f"{excerpt(delimiter.join(values), 1)}",
                         hint='put fields that hold a comma or a line break in double quotes ("...")',
                     )

@@ -1,8 +1,8 @@
 """The data formats: one small function a format, registered by a decorator.
 
-A format says which fields it needs and how a row of them becomes an :data:`~toolkit.data.examples.Example`. A new
-format is a function with :func:`data_format` above it; nothing else changes. The order of registration is the order
-of recognition: the first format whose needed fields are all there wins.
+A format says which fields it needs and how a row of them becomes an :data:`~toolkit.data.examples.Example`. A
+new format is a function with :func:`data_format` above it; nothing else changes. The order of registration is
+the order of recognition: the first format whose needed fields are all there wins.
 """
 
 import json

@@ -42,7 +42,8 @@ def encode_examples(
         rows with at least one trained token and at most ``max_length`` tokens.
 
     Raises:
-        ModelError: no chat template; DataError: a row that cannot be rendered, or rows too long under "error".
+        ModelError: no chat template; DataError: a row that cannot be rendered, or rows too long under
+            "error".
     """
     renderer, encoder = Renderer(tokenizer, loss_on, where), Encoder(tokenizer)
     # Parts of a conversation are rendered apart from the whole, so that nothing is counted twice.

@@ -1,4 +1,5 @@
-"""Rows that are longer than --max-length: left out, cut, split between turns, or an error. Every loss is counted."""
+"""Rows that are longer than --max-length: left out, cut, split between turns, or an error. Every loss is
+counted."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,9 +19,9 @@ EncodeExample = Callable[[Example, int], list[Encoded]]
 class OverlongCounts:
     """What the policy did to the rows of one split.
 
-    num_rows_over counts rows of the source with a sequence over max_length; the next three what became of them;
-    num_pieces the sequences that split rows became. Answer tokens are trained tokens. ``worst``: length in tokens
-    and number of the longest rows.
+    num_rows_over counts rows of the source with a sequence over max_length; the next three what became of
+    them; num_pieces the sequences that split rows became. Answer tokens are trained tokens. ``worst``: length
+    in tokens and number of the longest rows.
     """
 
     policy: str = "error"
@@ -53,7 +54,8 @@ def refuse(counts: OverlongCounts, where: Callable[[int], str]) -> None:
     rows = "1 row is" if counts.num_rows_over == 1 else f"{counts.num_rows_over} rows are"
     raise DataError(
         f"{rows} longer than --max-length {counts.max_length}; the longest:\n{worst}",
-        hint=f"--max-length {counts.worst[0][0]} keeps them whole; --overlong drop, truncate or split says what to do",
+        hint=f"--max-length {counts.worst[0][0]} keeps them whole; --overlong drop, truncate or split says "
+        "what to do",
     )
 
 
@@ -85,7 +87,8 @@ class OverlongPolicy:
         self.counts = OverlongCounts(policy, max_length)
 
     def apply(self, example: Example, rows: Sequence[Encoded]) -> list[Encoded]:
-        """Return what is kept of the sequences of one example. With "error" they are noted for :func:`refuse`."""
+        """Return what is kept of the sequences of one example. With "error" they are noted for
+        :func:`refuse`."""
         counts = self.counts
         counts.num_answer_tokens += sum(row.num_trained for row in rows)
         longest = max((len(row) for row in rows), default=0)
@@ -132,7 +135,8 @@ class OverlongPolicy:
         return pieces
 
     def _text_pieces(self, row: Encoded) -> list[Encoded]:
-        """Windows of max_length tokens; the first token of the row (BOS, if there is one) begins every piece."""
+        """Windows of max_length tokens; the first token of the row (BOS, if there is one) begins every
+        piece."""
         has_bos = self.bos_id is not None and int(row.ids[0]) == self.bos_id
         head = row.ids[: int(has_bos)]
         body = row.ids[len(head) :]
@@ -149,7 +153,8 @@ class OverlongPolicy:
         return pieces
 
     def _conversation_pieces(self, example: Conversation, index: int) -> list[Encoded]:
-        """Runs of whole exchanges, as many as fit, each after the system prompt. An exchange that is too long alone is left out."""
+        """Runs of whole exchanges, as many as fit, each after the system prompt. An exchange that is too long
+        alone is left out."""
         head = [m for m in example.messages if m.role in ("system", "developer")]
         exchanges: list[list] = []
         for message in example.messages:

@@ -1,8 +1,9 @@
 """Several short rows in one sequence (best-fit decreasing), which do not see each other.
 
-A packed row has ``position_ids`` that begin again at 0 with each of its rows. transformers reads the borders from them when it gets no
-attention mask and no cache (``masking_utils.find_packed_sequence_indices``), for eager, sdpa and flex_attention at any batch size.
-Flash attention does so only for a batch of one row: :class:`~toolkit.data.collate.Collator` can join the batch into one for it.
+A packed row has ``position_ids`` that begin again at 0 with each of its rows. transformers reads the borders
+from them when it gets no attention mask and no cache (``masking_utils.find_packed_sequence_indices``), for
+eager, sdpa and flex_attention at any batch size. Flash attention does so only for a batch of one row:
+:class:`~toolkit.data.collate.Collator` can join the batch into one for it.
 """
 
 import bisect
@@ -17,7 +18,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         capacity: longest packed sequence in tokens.
 
     Returns:
-        The rows of each packed sequence, by number. Deterministic; rows in a sequence and sequences are in order of their first row.
+        The rows of each packed sequence, by number. Deterministic; rows in a sequence and sequences are in
+        order of their first row.
 
     Raises:
         ValueError: a row is longer than ``capacity``.

@@ -14,10 +14,10 @@ from toolkit.data.columns import classification_dataset, language_model_dataset
 from toolkit.data.examples import Example, Labelled
 from toolkit.data.language import encode_examples, turn_end_of
 from toolkit.data.overlong import overlong_facts
+from toolkit.data.read import Table
 from toolkit.data.recognise import Layout, build_examples, recognise
 from toolkit.data.selection import hold_out, select_tables
 from toolkit.errors import DataError
-from toolkit.data.read import Table
 
 NUM_ROWS_WITH_PROGRESS = 20_000
 
@@ -27,8 +27,8 @@ class Prepared:
     """Data that is ready for a trainer.
 
     Args:
-        train: ``datasets.Dataset`` with input_ids and labels (lists of int, -100 where not trained; for classification
-            the class number) and length; packed rows also position_ids and seq_lengths.
+        train: ``datasets.Dataset`` with input_ids and labels (lists of int, -100 where not trained; for
+            classification the class number) and length; packed rows also position_ids and seq_lengths.
         evaluation: the held-out rows in the same form, never packed; None where there are none.
         label_names: the classes in order of their numbers, for sequence classification.
         report: what the check found.
@@ -67,8 +67,8 @@ def prepare(
         tokenizer: a transformers tokenizer, with the chat template that inference uses too.
         task: "causal-lm" or "sequence-classification".
         seed: decides which rows ``eval_fraction`` holds out.
-        enforce: raise when the check finds problems, unless ``config.skip_data_check``. Without, rows that are too
-            long under --overlong error are left out and become a problem of the report.
+        enforce: raise when the check finds problems, unless ``config.skip_data_check``. Without, rows that
+            are too long under --overlong error are left out and become a problem of the report.
         use_cache: look in the tokenised cache, and write into it.
 
     Raises:
@@ -81,15 +81,17 @@ def prepare(
         config = config.model_copy(update={"overlong": "drop"})
     train_table, evaluation_table = select_tables(config)
     layout = _layout(train_table, config, task)
-    key = _fingerprint(config, tokenizer, task, seed, layout, train_table, evaluation_table)
+    fingerprint = _fingerprint(config, tokenizer, task, seed, layout, train_table, evaluation_table)
+    # The report names files, and the code decides what an entry holds: both belong to the key only.
+    key = cache.entry_key(fingerprint, [t.source for t in (train_table, evaluation_table) if t is not None])
     folder = cache.cache_folder(config.data_cache)
     entry = cache.find(folder, key) if use_cache else None
     if entry is not None:
         prepared = _load(entry)
     else:
-        prepared = _build(config, tokenizer, task, seed, layout, train_table, evaluation_table, key)
+        prepared = _build(config, tokenizer, task, seed, layout, train_table, evaluation_table, fingerprint)
         if use_cache:
-            prepared = _store(folder, prepared)
+            prepared = _store(folder, key, prepared)
     judge(prepared.report, asked)
     if enforce and prepared.report.problems and not config.skip_data_check:
         lines = "\n".join(f"  - {problem}" for problem in prepared.report.problems)
@@ -107,11 +109,7 @@ def _layout(table: Table, config: Any, task: str) -> Layout:
 def _fingerprint(
     config: Any, tokenizer: Any, task: str, seed: int, layout: Layout, train: Table, evaluation: Table | None
 ) -> str:
-    from importlib.metadata import version
-
     facts = {
-        "code": cache.code_sha256(),
-        "versions": {name: version(name) for name in ("transformers", "tokenizers", "jinja2")},
         "tokenizer": cache.tokenizer_facts(tokenizer),
         "task": task,
         "format": [layout.format.name, dict(layout.columns)],
@@ -120,8 +118,7 @@ def _fingerprint(
         },
         "held_out": None
         if evaluation is not None
-        else [config.eval_fraction, seed if config.eval_fraction else None],
-        "sources": [train.source, evaluation.source if evaluation is not None else None],
+        else [config.eval_fraction, seed if config.eval_fraction else 0],
     }
     return cache.fingerprint([t.rows for t in (train, evaluation) if t is not None], facts)
 
@@ -163,19 +160,19 @@ def _build(
     layout: Layout,
     train_table: Table,
     evaluation_table: Table | None,
-    key: str,
+    fingerprint: str,
 ) -> Prepared:
     train, evaluation, report = split_examples(config, task, seed, layout, train_table, evaluation_table)
     report.tokenizer = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
     report.template_sha256 = cache.template_sha256(tokenizer)
     report.eos_token = tokenizer.eos_token
-    report.fingerprint = key
+    report.fingerprint = fingerprint
     if task == "sequence-classification":
         train_rows, evaluation_rows = _classification_rows(config, tokenizer, train, evaluation, report)
     else:
         train_rows, evaluation_rows = _language_rows(config, tokenizer, train, evaluation, report)
     longest = max(part.longest for part in (report.train, report.evaluation) if part)
-    return Prepared(train_rows, evaluation_rows, report.label_names, report, key, longest)
+    return Prepared(train_rows, evaluation_rows, report.label_names, report, fingerprint, longest)
 
 
 def _language_rows(
@@ -241,13 +238,16 @@ def _require_rows(report: SplitReport, num_rows: int) -> None:
     reasons = []
     if report.overlong.get("num_rows_dropped"):
         reasons.append(
-            f"{report.overlong['num_rows_dropped']} are longer than --max-length {report.overlong['max_length']}"
+            f"{report.overlong['num_rows_dropped']} are longer than --max-length "
+            f"{report.overlong['max_length']}"
         )
     if report.rendering.get("num_rows_without_answer"):
         reasons.append(f"{report.rendering['num_rows_without_answer']} have no answer to train")
     raise DataError(
-        f"{report.source}: none of the {report.num_rows} {report.name} rows is left: {' and '.join(reasons) or 'none is trainable'}",
-        hint="raise --max-length, choose another --overlong or --loss-on, or look at the rows with meldkit data preview",
+        f"{report.source}: none of the {report.num_rows} {report.name} rows is left: "
+        f"{' and '.join(reasons) or 'none is trainable'}",
+        hint="raise --max-length, choose another --overlong or --loss-on, or look at the rows with meldkit "
+        "data preview",
     )
 
 
@@ -262,13 +262,17 @@ def _progress(batches: Iterable[int], description: str, num_rows: int) -> Iterab
     return track(list(batches), description=description, console=Console(stderr=True), transient=True)
 
 
-def _store(folder: Path, prepared: Prepared) -> Prepared:
+def _store(folder: Path, key: str, prepared: Prepared) -> Prepared:
     parts = {"train": prepared.train}
     if prepared.evaluation is not None:
         parts["evaluation"] = prepared.evaluation
-    facts = {"report": prepared.report.as_dict(), "longest": prepared.longest}
+    facts = {
+        "report": prepared.report.as_dict(),
+        "longest": prepared.longest,
+        "fingerprint": prepared.fingerprint,
+    }
     try:
-        return _load(cache.store(folder, prepared.fingerprint, parts, facts), is_from_cache=False)
+        return _load(cache.store(folder, key, parts, facts), is_from_cache=False)
     except OSError as error:
         # A cache saves time only; the rows are here, and training goes on without it.
         prepared.report.notes.append(f"the tokenised cache {folder} cannot be written ({error})")

@@ -75,7 +75,8 @@ def open_source(source: str, *, revision: str | None = None) -> Source:
         return _folder(path)
     if path.is_file():
         return _single_file(path)
-    # A hub id has at most one slash and no data file's ending; a name in a folder that exists was meant as a path.
+    # A hub id has at most one slash and no data file's ending; a name in a folder that exists was meant as a
+    # path.
     looks_like_hub_id = HUB_ID.fullmatch(source) and path.suffix.lower() not in SUFFIXES
     if looks_like_hub_id and ("/" not in source or not path.parent.is_dir()):
         return _hub(source, revision)
@@ -141,7 +142,8 @@ def _folder(folder: Path) -> Source:
         found = ", ".join(path.name for path, _ in files[:8]) or "no data files"
         raise DataError(
             f"{folder}: no file is named after a split ({found})",
-            hint="name them train.jsonl, validation.jsonl, test.jsonl (or .json, .csv, .parquet), or give one file",
+            hint="name them train.jsonl, validation.jsonl, test.jsonl (or .json, .csv, .parquet), or give "
+            "one file",
         )
     ordered = [name for name in SPLIT_NAMES if name in groups]
     return Source(
@@ -202,7 +204,8 @@ def _hub(name: str, revision: str | None) -> Source:
     except Exception as error:  # the hub client raises a dozen classes of its own, requests' and httpx's
         kind = type(error).__name__
         raise DataError(
-            f"{name} is neither a file or folder here nor a data set that could be loaded from the hub ({kind}: "
+            f"{name} is neither a file or folder here nor a data set that could be loaded from the hub "
+            f"({kind}: "
             f"{str(error).splitlines()[0][:160] if str(error) else 'no message'})",
             hint="check the spelling; without a network give a local file or folder",
         ) from error

@@ -65,7 +65,8 @@ def recognise(table: Table, *, data_format: str, data_mapping: Mapping[str, str]
             if entry.gives == "labelled" and task != "sequence-classification":
                 raise DataError(
                     f"{table.source}: the format {entry.name} has labels and the task is {task}",
-                    hint="use --task sequence-classification, or --data-format text to train on the text alone",
+                    hint="use --task sequence-classification, or --data-format text to train on the text "
+                    "alone",
                 )
             return Layout(entry, columns)
     raise DataError(_no_fit(table, candidates, data_mapping), hint=_hint(table, candidates))

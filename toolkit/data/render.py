@@ -1,18 +1,19 @@
 """Examples as text with the spans that are trained.
 
-The rule for a conversation: the trained span of an assistant turn is exactly what the model has to produce at inference, that
-is, what follows ``apply_chat_template(messages[:i], add_generation_prompt=True)`` in the rendering, up to and with the token that
-ends the turn. Several turns share one row as long as the template renders them there as it renders them when they are
-answered. A template that rewrites earlier turns (Qwen3 takes the reasoning out of them) gives such a turn a row of its own.
+The rule for a conversation: the trained span of an assistant turn is exactly what the model has to produce at
+inference, that is, what follows ``apply_chat_template(messages[:i], add_generation_prompt=True)`` in the
+rendering, up to and with the token that ends the turn. Several turns share one row as long as the template
+renders them there as it renders them when they are answered. A template that rewrites earlier turns (Qwen3
+takes the reasoning out of them) gives such a turn a row of its own.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from toolkit.data.examples import Conversation, Example, Message, PlainText
-from toolkit.errors import DataError, ModelError
+from toolkit.data.special import SpecialTokens, has_chat_template, require_chat_template
+from toolkit.errors import DataError
 
 Span = tuple[int, int]
 
@@ -75,19 +76,11 @@ class Renderer:
         self.loss_on = loss_on
         self.where = where
         self.counts = RenderCounts()
-        special = {t for t in tokenizer.all_special_tokens if t}
-        special |= {
-            str(t)
-            for t in getattr(tokenizer, "added_tokens_decoder", {}).values()
-            if getattr(t, "special", False)
-        }
-        self.special_tokens = special
-        either = "|".join(re.escape(t) for t in sorted(special, key=len, reverse=True)) or r"(?!)"
-        self._special = re.compile(either)
-        self._ending = re.compile(rf"(?:\s|{either})*\Z")
+        self.special = SpecialTokens(tokenizer)
 
     def render(self, examples: Sequence[Example], first_index: int = 0) -> list[Rendered]:
-        """Render examples ``first_index``, ``first_index + 1``, ... in order; an example gives zero rows or more.
+        """Render examples ``first_index``, ``first_index + 1``, ... in order; an example gives zero rows or
+        more.
 
         Raises:
             ModelError: chat data and a tokenizer without chat template.
@@ -100,7 +93,7 @@ class Renderer:
         self._fill(list(plans.values()))
         rows: list[Rendered] = []
         for index, example in enumerate(examples, first_index):
-            if isinstance(example, Conversation) and self._special.search(example.key()):
+            if isinstance(example, Conversation) and self.special.is_in(example.key()):
                 self.counts.num_rows_with_special_text += 1
             if isinstance(example, PlainText):
                 rows += self._text_row(example, index)
@@ -112,7 +105,8 @@ class Renderer:
                 raise DataError(f"{self.where(index)}: labelled rows need --task sequence-classification")
         return rows
 
-    # --- plain text ---------------------------------------------------------------------------------------------
+    # --- plain text
+    # ---------------------------------------------------------------------------------------------
 
     def _text_row(self, example: PlainText, index: int) -> list[Rendered]:
         if not example.text.strip():
@@ -139,7 +133,8 @@ class Renderer:
         trains_all = self.loss_on == "all"
         return [Rendered(text, ((len(prompt), len(text)),), index, not ends, False, trains_all)]
 
-    # --- conversations ------------------------------------------------------------------------------------------
+    # --- conversations
+    # ------------------------------------------------------------------------------------------
 
     def _trained_turns(self, conversation: Conversation) -> list[int]:
         """Numbers of the turns that are trained, without those whose answer is empty."""
@@ -148,7 +143,8 @@ class Renderer:
         if self.loss_on == "last-assistant":
             turns = turns[-1:]
         elif self.loss_on == "completion":
-            # Rows of prompt and completion mark the prompt; elsewhere the completion is what follows the last user turn.
+            # Rows of prompt and completion mark the prompt; elsewhere the completion is what follows the last
+            # user turn.
             has_prompt = any(not m.trainable for m in messages if m.role != "assistant")
             last_user = max(
                 (n for n, m in enumerate(messages) if m.role == "user" and not has_prompt), default=-1
@@ -159,7 +155,8 @@ class Renderer:
         return kept
 
     def only_trained(self, example: Example) -> Example:
-        """The conversation with every turn that this --loss-on leaves out marked so, for rendering a part of it."""
+        """The conversation with every turn that this --loss-on leaves out marked so, for rendering a part of
+        it."""
         if not isinstance(example, Conversation) or self.loss_on == "all":
             return example
         trained = set(self._trained_turns(example))
@@ -231,7 +228,7 @@ class Renderer:
             return []
         if self.loss_on == "all":
             text = plan.answered[plan.trained[0]]
-            is_open = self._turn_end(text, 0)[2]
+            is_open = self.special.turn_end(text, 0)[2]
             self.counts.num_open_ends += is_open
             return [Rendered(text, ((0, len(text)),), plan.index, is_open, True, trains_all=True)]
         rows = []
@@ -247,15 +244,16 @@ class Renderer:
         return rows
 
     def _shared_row(self, plan: _Plan, pending: list[int]) -> tuple[Rendered, set[int]]:
-        """The row that ends with the last pending turn, with all pending turns that are rendered in it as at inference."""
+        """The row that ends with the last pending turn, with all pending turns that are rendered in it as at
+        inference."""
         last = pending[-1]
         host = plan.answered[last]
         spans, placed, is_open = [], set(), False
         for turn in pending:
             prompt, answered = plan.prompts[turn], plan.answered[turn]
             if not answered.startswith(prompt):
-                raise DataError(self._mismatch(plan, turn, prompt, answered))
-            end_full, end_short, turn_is_open = self._turn_end(answered, len(prompt))
+                raise self._mismatch(plan, turn, prompt, answered)
+            end_full, end_short, turn_is_open = self.special.turn_end(answered, len(prompt))
             if turn == last:
                 end, is_open = end_full, turn_is_open
             elif not turn_is_open and host.startswith(answered[:end_full]):
@@ -270,42 +268,14 @@ class Renderer:
         self.counts.num_open_ends += is_open
         return Rendered(host[: spans[-1][1]], tuple(spans), plan.index, is_open, is_template=True), placed
 
-    def _turn_end(self, text: str, start: int) -> tuple[int, int, bool]:
-        """Where the turn that begins at ``start`` ends in ``text``, a rendering that ends with that turn.
-
-        Returns:
-            (end with EOS, end with the first special token, no special token ends the turn). The two differ for templates that
-            close a turn with a token of their own and the conversation with EOS.
-        """
-        ending = self._ending.search(text, start)
-        tail = ending.start() if ending else len(text)
-        marks = [match for match in self._special.finditer(text, tail)]
-        if not marks:
-            return len(text[:tail].rstrip()) if tail > start else len(text), tail, True
-        eos = next((m.end() for m in marks if m.group() == self.tokenizer.eos_token), marks[0].end())
-        return eos, marks[0].end(), False
-
-    def _mismatch(self, plan: _Plan, turn: int, prompt: str, answered: str) -> str:
-        common = next(
-            (n for n, (a, b) in enumerate(zip(prompt, answered, strict=False)) if a != b), len(answered)
-        )
-        return (
-            f"{self.where(plan.index)}: the chat template asks for turn {turn + 1} with {prompt[max(0, common - 20) :][:80]!r} "
-            f"and renders the answered turn with {answered[max(0, common - 20) :][:80]!r}, so the model would be trained "
-            "on another text than it is asked to continue\n"
-            "  hint: give a template whose generation prompt begins the assistant's turn with --chat-template"
-        )
-
-
-def has_chat_template(tokenizer: Any) -> bool:
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
-def require_chat_template(tokenizer: Any, where: str) -> None:
-    """Raise a ModelError when the tokenizer has no chat template."""
-    if not has_chat_template(tokenizer):
-        name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
-        raise ModelError(
-            f"{name} has no chat template, and {where} is a conversation",
-            hint="give one with --chat-template FILE (a Jinja file), or use an instruction-tuned model's tokenizer with --tokenizer",
+    def _mismatch(self, plan: _Plan, turn: int, prompt: str, answered: str) -> DataError:
+        pairs = enumerate(zip(prompt, answered, strict=False))
+        common = next((n for n, (a, b) in pairs if a != b), len(answered))
+        begin = max(0, common - 20)
+        return DataError(
+            f"{self.where(plan.index)}: the chat template asks for turn {turn + 1} with "
+            f"{prompt[begin:][:80]!r} and renders the answered turn with {answered[begin:][:80]!r}, so the "
+            "model would be trained on another text than it is asked to continue",
+            hint="give a template whose generation prompt is the beginning of an assistant turn, with "
+            "--chat-template",
         )

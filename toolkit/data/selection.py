@@ -11,8 +11,8 @@ from toolkit.errors import DataError
 def select_tables(config: Any) -> tuple[Table, Table | None]:
     """Read the training rows, and the held-out rows where the data has some.
 
-    Held out is, in this order: ``eval_data``; the split named ``eval_split``; a split named validation, valid, eval, dev or
-    test. Otherwise None, and ``eval_fraction`` applies (:func:`hold_out`).
+    Held out is, in this order: ``eval_data``; the split named ``eval_split``; a split named validation,
+    valid, eval, dev or test. Otherwise None, and ``eval_fraction`` applies (:func:`hold_out`).
 
     Args:
         config: DataOptions.

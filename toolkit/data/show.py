@@ -10,6 +10,7 @@ from rich.text import Text
 
 from toolkit.data.check import CheckReport, Lengths, SplitReport, percent
 from toolkit.data.encode import Encoded
+from toolkit.data.special import SpecialTokens
 
 BAR_WIDTH = 40
 EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -133,7 +134,8 @@ def histogram(lengths: Lengths) -> RenderableType:
 
 
 def bar(share: float, width: int = BAR_WIDTH) -> str:
-    """A bar of ``share`` of the width, in eighths of a character; something that is there is never invisible."""
+    """A bar of ``share`` of the width, in eighths of a character; something that is there is never
+    invisible."""
     eighths = round(share * width * 8)
     if share > 0:
         eighths = max(1, eighths)
@@ -181,9 +183,9 @@ def show_row(row: Encoded, tokenizer: Any, console: Console, *, title: str, max_
 
 
 def row_text(row: Encoded, tokenizer: Any, *, has_colour: bool, max_length: int) -> Text:
-    """The row as text, with ✂ at max_length; runs of equal kind are decoded together, so that characters of several tokens stay whole."""
-    special = set(tokenizer.all_special_ids)
-    special |= {n for n, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special}
+    """The row as text, with ✂ at max_length; runs of equal kind are decoded together, so that characters of
+    several tokens stay whole."""
+    special = SpecialTokens(tokenizer).ids
     text = Text()
     kinds = [
         (bool(t), int(i) in special, n >= max_length)

@@ -35,7 +35,8 @@ def shares_of(config: Any) -> dict[str, float]:
     fractions = config.fractions
     if len(fractions) not in NAMES_BY_COUNT or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
         raise DataError(
-            f"--fractions {','.join(f'{f:g}' for f in fractions)}: two or three positive shares with the sum 1 are needed",
+            f"--fractions {','.join(f'{f:g}' for f in fractions)}: two or three positive shares with the "
+            "sum 1 are needed",
             hint="e.g. --fractions 0.8,0.1,0.1",
         )
     return dict(zip(NAMES_BY_COUNT[len(fractions)], fractions, strict=True))

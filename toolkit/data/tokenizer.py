@@ -7,10 +7,11 @@ from toolkit.errors import ModelError
 
 
 def load_tokenizer(config: Any) -> Any:
-    """The tokenizer of ``config.tokenizer`` or else ``config.model``, with --chat-template and a pad token in place.
+    """The tokenizer of ``config.tokenizer`` or else ``config.model``, with --chat-template and a pad token in
+    place.
 
-    A folder needs its tokenizer files only. Where there is no pad token EOS serves: rows are masked by their length, so
-    it is trained all the same at the end of an answer.
+    A folder needs its tokenizer files only. Where there is no pad token EOS serves: rows are masked by their
+    length, so it is trained all the same at the end of an answer.
 
     Args:
         config: has model, tokenizer, revision, chat_template and trust_remote_code.
@@ -41,7 +42,8 @@ def load_tokenizer(config: Any) -> Any:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             f"the tokenizer of {name} cannot be loaded: {lines[0][:200]}",
-            hint="a folder needs tokenizer.json and tokenizer_config.json; without a network a hub id cannot be fetched",
+            hint="a folder needs tokenizer.json and tokenizer_config.json; without a network a hub id "
+            "cannot be fetched",
         ) from error
     if config.chat_template is not None:
         tokenizer.chat_template = _template(Path(config.chat_template))
