@@ -1,29 +1,49 @@
 """What the sample models and the sample data sets share: names, and folders that are whole or not there."""
 
+import argparse
 import difflib
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from toolkit import durable
-from toolkit.errors import CheckpointError, InputError, RunDirectoryError
+from toolkit.config.names import did_you_mean
+from toolkit.errors import CheckpointError, ConfigError, InputError, RunDirectoryError
 from toolkit.wheels import Announce, cache_folder, silent
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str) -> InputError:
     """Return the error for a name that is not in the collection; it shows the nearest names that are."""
-    names = sorted(known)
-    by_folded = {candidate.lower(): candidate for candidate in names}
-    near = [by_folded[match] for match in difflib.get_close_matches(name.lower(), by_folded, n=3, cutoff=0.5)]
-    meant = f"; did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
+    meant = did_you_mean(name, sorted(known))
+    if not meant:
+        beginnings = {candidate[: len(name) + 1].lower(): candidate for candidate in sorted(known)}
+        near = difflib.get_close_matches(name.lower(), beginnings, n=1)
+        meant = f"; did you mean '{beginnings[near[0]]}'?" if near else ""
     return InputError(f"there is no {kind} named {name!r}{meant}", hint=hint)
+
+
+def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse ``argv``; an option that does not exist is an error with the nearest one that does.
+
+    Raises:
+        ConfigError: unknown options, all of them.
+    """
+    arguments, unknown = parser.parse_known_args(argv)
+    flags = [action.option_strings[0] for action in parser._actions if len(action.option_strings) > 0]
+    options = [word.split("=")[0] for word in unknown if word.startswith("-")]
+    problems = [f"unknown option {option}{did_you_mean(option, flags)}" for option in options]
+    # A word after an unknown option is its value: one problem, not two.
+    problems = problems or [f"unexpected argument {word!r}" for word in unknown]
+    if problems:
+        raise ConfigError(problems, hint=f"{parser.prog} --help lists the options")
+    return arguments
 
 
 def make_folder(

@@ -106,11 +106,11 @@ def conversations_card(
     ]
     if chatterbot.CHATTERBOT_CORPUS.package in packages:
         lines += [
-            "- **Small talk and facts** from chatterbot-corpus. Repeated and empty answers are left out, and",
-            f"  a question keeps {chatterbot.MAX_ANSWERS} answers at most. One to three exchanges on a topic make",
-            "  one conversation; only the corpus's own dialogues are connected in content. A question, or an",
-            "  answer longer than a few words, lies in one partition only. It is the humour of an old chat bot,",
-            "  and partly wrong.",
+            "- **Small talk and facts** from chatterbot-corpus. Repeated and empty answers are left out; a",
+            f"  question keeps {chatterbot.MAX_ANSWERS} answers at most. One to three exchanges on a topic",
+            "  make one conversation; only the corpus's own dialogues are connected in content. A question,",
+            "  or an answer of more than a few words, lies in one partition only. It is the humour of an old",
+            "  chat bot, and partly wrong.",
         ]
     if packages - {chatterbot.CHATTERBOT_CORPUS.package}:
         lines += [

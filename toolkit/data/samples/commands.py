@@ -15,7 +15,7 @@ from toolkit.data.samples.locales import DEFAULT_LOCALES, LOCALES, parse_locales
 def samples(argv: Sequence[str]) -> int:
     """Run ``meldkit data samples [NAME] [--out DIR] ...`` and return the exit status."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = collection.read_arguments(parser, argv)
     if arguments.name is None:
         if argv:
             parser.error("the options need the NAME of a data set")
@@ -47,6 +47,7 @@ def samples(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="meldkit data samples",
         description="Write a sample data set as a folder of JSON lines. Without NAME: list them.",
     )

@@ -13,6 +13,7 @@ from toolkit.modeling.samples.catalog import MODELS, SampleModel, make
 def models(argv: Sequence[str]) -> int:
     """Run ``meldkit models [NAME] [--out DIR]`` and return the exit status."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="meldkit models",
         description="Write a sample model as an ordinary Hugging Face folder. Without NAME: list them.",
     )
@@ -23,7 +24,7 @@ def models(argv: Sequence[str]) -> int:
         metavar="DIR",
         help="folder to write. Default: models/NAME in the cache",
     )
-    arguments = parser.parse_args(argv)
+    arguments = collection.read_arguments(parser, argv)
     if arguments.name is None:
         if arguments.out is not None:
             parser.error("--out needs the NAME of a model")

@@ -7,7 +7,7 @@ The weights here are bit for bit those of transformers' conversion (a test compa
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -114,11 +114,11 @@ def _write_tokenizer(reader: "GGUFReader", folder: Path) -> None:
     kinds = _value(reader, "tokenizer.ggml.token_type")
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))  # pyright: ignore[reportArgumentType]
+    tokenizer: Any = Tokenizer(models.BPE(vocabulary, cast(Any, pairs)))  # its stubs know no setters
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
     control = 3  # gguf.TokenType.CONTROL
     tokenizer.add_special_tokens(
         [

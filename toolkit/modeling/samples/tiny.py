@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -113,7 +113,7 @@ def _build_xlm_r(folder: Path) -> None:
     template = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
-    tokenizer.post_processor = template  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.post_processor = template
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "architectures": ["XLMRobertaModel"],
@@ -161,14 +161,15 @@ def _build_xlm_r(folder: Path) -> None:
     write_tokenizer(folder, XLM_R_TOKENIZER | {"model_max_length": MAX_LENGTH})
 
 
-def _tokenizer(specials: list[str]) -> Tokenizer:
+def _tokenizer(specials: list[str]) -> Any:
     """Train byte-level BPE on :data:`CORPUS`; the special tokens get the first ids, in order."""
-    tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    trainer = trainers.BpeTrainer(
+    tokenizer: Any = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # The stubs of tokenizers lack these arguments, and the setters above.
+    trainer = cast(Any, trainers.BpeTrainer)(
         vocab_size=VOCABULARY_SIZE,
-        special_tokens=specials,  # pyright: ignore[reportCallIssue]
+        special_tokens=specials,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
