@@ -25,7 +25,7 @@ test: lint types pytest ## lint, types and the tests (all but slow and gpu)
 
 lint: setup ## ruff and shellcheck
 	$(VENV_PYTHON) -m ruff check --output-format concise .
-	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m ruff format --check --output-format concise .
 	.venv/bin/shellcheck $(SHELL_SCRIPTS)
 
 format: setup ## let ruff rewrite what it can
