@@ -60,6 +60,18 @@ def test_reporting_imports_no_torch(fake_run_path, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_looking_at_a_finished_run_leaves_its_files_alone(fake_run, make_config):
+    config = make_config(log_level="ERROR")
+    with listeners.build(config.output_dir, config, is_main_process=True) as listener:
+        handle_all(listener, fake_run, ["m"], 6, config.output_dir)
+    names = ("training_history.json", "training_metrics.json", "report.html")
+    before = [(config.output_dir / name).read_bytes() for name in names]
+    with listeners.build(config.output_dir, config, is_main_process=True) as listener:
+        listener.handle(MessageRecord(level="info", text="nothing is left to do"))
+        listener.flush()
+    assert [(config.output_dir / name).read_bytes() for name in names] == before
+
+
 class Failing:
     def __init__(self) -> None:
         self.num_calls = 0

@@ -236,6 +236,8 @@ class HistoryWriter:
         self.history = History() if restored_steps is None else History.load(path, restored_steps)
         self._pace = Pace(interval_seconds=2.0, max_share=0.05)
         self._started = time.monotonic()
+        # Until something happened, the files of an earlier run in the folder stay as they are.
+        self._has_news = False
         self._session = {
             "started": now_utc(),
             "wall_seconds": 0.0,
@@ -248,6 +250,7 @@ class HistoryWriter:
         if isinstance(record, StepRecord):
             if self._is_recorded(record):
                 history.add_step(record)
+                self._has_news = True
                 if self._pace.is_due():
                     self.flush()
             return
@@ -267,11 +270,14 @@ class HistoryWriter:
             history.end = record
         else:
             return
+        self._has_news = True
         if isinstance(record, RunEnd) or self._pace.is_due(urgent=True):
             self.flush()
 
     def flush(self) -> None:
-        """Write both files now."""
+        """Write both files now, if anything was handled."""
+        if not self._has_news:
+            return
         self._session["wall_seconds"] = round(time.monotonic() - self._started, 3)
         with self._pace.measured():
             write_text(self._run_dir / HISTORY_NAME, self.history.text())

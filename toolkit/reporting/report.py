@@ -1,10 +1,10 @@
 """report.html: a run on one page that needs nothing but a browser, drawn from the history."""
 
+import dataclasses
 import importlib.resources
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from toolkit.reporting import charts, wording
 from toolkit.reporting.history import History, now_utc
 from toolkit.reporting.metrics import summarize
 from toolkit.reporting.pace import Pace
-from toolkit.reporting.records import CheckpointRecord, EvaluationRecord, Record, RunEnd
+from toolkit.reporting.records import CheckpointRecord, EvaluationRecord, Record, RunEnd, RunStart, StepRecord
 
 logger = logging.getLogger("toolkit.reporting")
 
@@ -26,7 +26,7 @@ MAX_RAW_SERIES = 3
 NOISY_COLUMNS = ("grad_norm", "tokens_per_second", "utilization_percent", "power_watts")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
     title: str
     note: str
@@ -47,11 +47,13 @@ class ReportWriter:
         self._history = history
         self._config = config
         self._pace = Pace(interval_seconds=10.0, max_share=0.02)
-        self._is_final = False
+        self._is_due_at_close = False
 
     def handle(self, record: Record) -> None:
-        if isinstance(record, RunEnd):
-            self._is_final = True
+        if isinstance(record, RunStart | StepRecord):
+            self._is_due_at_close = True
+        elif isinstance(record, RunEnd):
+            self._is_due_at_close = False
             self.flush()
         elif isinstance(record, CheckpointRecord | EvaluationRecord) and self._pace.is_due():
             self.flush()
@@ -63,7 +65,7 @@ class ReportWriter:
             write_text(self._run_dir / REPORT_NAME, page)
 
     def close(self) -> None:
-        if not self._is_final:
+        if self._is_due_at_close:
             self.flush()
 
 
@@ -73,6 +75,8 @@ def render(history: History, *, config: Mapping[str, Any], run_dir: Path) -> str
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"number": wording.number, "size": wording.size, "duration": wording.duration}
     environment.filters["value"] = _value
+    environment.filters["without"] = lambda values, name: {k: v for k, v in values.items() if k != name}
+    environment.globals["change"] = _change
     metrics = summarize(history)
     return environment.from_string(source).render(
         facts=history.facts,
@@ -101,10 +105,10 @@ def _tiles(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     participants = list(metrics["participants"].values())
     if len(participants) == 1:
         only = participants[0]
-        first, last = only["first_train_loss"], only["mean_train_loss_of_last_tenth"]
-        tiles.append(("training loss", f"{wording.number(first)} → {wording.number(last)}"))
+        text = _change(only["first_train_loss"], only["mean_train_loss_of_last_tenth"])
+        tiles.append(("training loss", text))
         for name, value in only["evaluation"].items():
-            text = f"{wording.number(value['before'])} → {wording.number(value['final'])}"
+            text = _change(value["before"], value["final"])
             tiles.append((f"held-out {name.removeprefix('eval_').replace('_', ' ')}", text))
     tiles.append(("steps", f"{metrics['total_steps']:,}"))
     tiles.append(("tokens", f"{metrics['total_tokens']:,}"))
@@ -126,18 +130,18 @@ def _charts(history: History) -> list[Chart]:
         ("GPU power", "W", "power_watts", 1),
     ]
     all_series = _in_order(history)
-    is_smoothed = len(all_series) > MAX_RAW_SERIES
     drawn = [_loss_chart(history), *_metric_charts(history)]
     for title, note, column, factor in wanted:
-        lines = []
+        raw, smooth = [], []
         for colour, (name, series) in enumerate(all_series):
             points = [(x, y * factor) for x, y in zip(series["step"], series[column], strict=True)]
-            if is_smoothed and column in NOISY_COLUMNS:
-                points = charts.smoothed(points)
-            lines.append(charts.Line(name=name, colour=colour, points=points))
-        if is_smoothed and column in NOISY_COLUMNS:
+            raw.append(charts.Line(name=name, colour=colour, points=points))
+            smooth.append(dataclasses.replace(raw[-1], points=charts.smoothed(points)))
+        if column in NOISY_COLUMNS:
+            faint = [dataclasses.replace(line, style="faint") for line in raw]
+            raw = [*(faint if len(faint) <= MAX_RAW_SERIES else []), *smooth]
             note = ", ".join(filter(None, [note, "smoothed"]))
-        drawn.append(_chart(lines, title, note, from_zero=True))
+        drawn.append(_chart(raw, title, note, from_zero=True))
     return [chart for chart in drawn if chart.svg]
 
 
@@ -231,6 +235,12 @@ def _files(run_dir: Path) -> list[tuple[str, str]]:
                 (f"{path.name}/", "") if path.is_dir() else (path.name, wording.size(path.stat().st_size))
             )
     return found
+
+
+def _change(before: Any, after: Any) -> str:
+    """``3.1 → 0.5``, or the one of them that is known."""
+    known = [wording.number(value) for value in (before, after) if value is not None]
+    return " → ".join(known) or "–"
 
 
 def _value(value: Any) -> str:
