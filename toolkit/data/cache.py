@@ -39,6 +39,7 @@ CODE_FILES = (
     "files",
     "read",
 )
+FACTS_NAME = "facts.json"
 LEFTOVER_AGE_SECONDS = 24 * 3600.0
 
 
@@ -56,7 +57,12 @@ def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
     if tokenizer is None:
         return {}
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    if backend is not None:
+        # What stands before are the truncation and padding of the last call, which are no part of the tokenizer.
+        text = backend.to_str()
+        content = text[text.index('"added_tokens"') :]
+    else:
+        content = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return {
         "class": type(tokenizer).__name__,
         "sha256": hashlib.sha256(content.encode()).hexdigest(),
@@ -95,7 +101,7 @@ def fingerprint(rows: Iterable[Iterable[Mapping[str, Any]]], facts: Mapping[str,
 
 
 def entry_key(content: str, sources: Sequence[str]) -> str:
-    """Name of an entry: the fingerprint of its content, the places that its report names, versions and code."""
+    """Name of an entry: hash of the content's fingerprint, the places that its report names, versions, code."""
     versions = [version(name) for name in ("transformers", "tokenizers", "jinja2")]
     facts = [content, list(sources), versions, code_sha256()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -103,7 +109,7 @@ def entry_key(content: str, sources: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """A committed entry: ``train.arrow``, perhaps ``evaluation.arrow``, and the facts of its manifest."""
+    """A committed entry: ``train.arrow``, perhaps ``evaluation.arrow``, and its facts."""
 
     folder: Path
     facts: dict[str, Any]
@@ -115,8 +121,9 @@ def find(folder: Path, key: str) -> Entry | None:
     if not entry.is_dir():
         return None
     try:
-        return Entry(entry, durable.verify_folder(entry)["facts"])
-    except CheckpointError:
+        durable.verify_folder(entry)
+        return Entry(entry, json.loads((entry / FACTS_NAME).read_text(encoding="utf-8")))
+    except (CheckpointError, OSError, LookupError, TypeError, ValueError):
         # Another process may have removed it first.
         with contextlib.suppress(OSError):
             durable.discard_folder(entry)
@@ -130,7 +137,7 @@ def store(folder: Path, key: str, datasets_by_name: Mapping[str, Any], facts: Ma
         folder: the cache.
         key: fingerprint.
         datasets_by_name: name -> ``datasets.Dataset``.
-        facts: JSON values that are kept in the manifest.
+        facts: JSON values that are kept with it.
 
     Raises:
         OSError: the cache cannot be written.
@@ -142,7 +149,9 @@ def store(folder: Path, key: str, datasets_by_name: Mapping[str, Any], facts: Ma
     try:
         for name, dataset in datasets_by_name.items():
             _write_arrow(staged / f"{name}.arrow", dataset)
-        durable.commit_folder(staged, folder / key, facts)
+        # In a file of its own, since the manifest vouches for every file but itself.
+        durable.write_json(staged / FACTS_NAME, dict(facts))
+        durable.commit_folder(staged, folder / key, {})
     except (CheckpointError, OSError):
         existing = find(folder, key)
         if existing is None:

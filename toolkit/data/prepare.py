@@ -287,7 +287,7 @@ def _load(entry: cache.Entry, *, is_from_cache: bool = True) -> Prepared:
         evaluation,
         report.label_names,
         report,
-        entry.folder.name,
+        entry.facts["fingerprint"],
         entry.facts["longest"],
         is_from_cache,
     )
