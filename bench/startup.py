@@ -36,11 +36,6 @@ COMMANDS: dict[str, list[str]] = {
         "--print-config",
     ],
     "python -c 'import transformers'": [sys.executable, "-c", "import transformers"],
-    "python -c 'import transformers; transformers.TrainingArguments'": [
-        sys.executable,
-        "-c",
-        "import transformers; transformers.TrainingArguments",
-    ],
     "python -c 'import torch'": [sys.executable, "-c", "import torch"],
 }
 PACKAGES = ("meldkit", "pydantic", "torch", "transformers", "trl")

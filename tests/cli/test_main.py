@@ -61,6 +61,9 @@ def test_recipe_help_has_every_option_with_its_default():
         first_words = " ".join((field.description or "").split()[:3])
         assert first_words in " ".join(text.split()), name
     assert "Peak learning rate. [0.0001]" in text
+    assert text.count("[required]") == sum(
+        f.is_required() for f in RECIPES["centralized-hf"].model_fields.values()
+    )
     assert "--task causal-lm|sequence-classification" in text
     groups = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert groups[:3] == ["Model:", "Adapter:", "Quantization of the frozen base:"]

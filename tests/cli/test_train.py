@@ -10,7 +10,7 @@ import pytest
 from toolkit.cli.train import run_recipe
 from toolkit.config.load import load
 from toolkit.config.recipes import CentralizedConfig
-from toolkit.errors import NonFiniteLossError
+from toolkit.errors import Interrupted, NonFiniteLossError
 
 ROOT = Path(__file__).parents[2]
 COMPLETE = ["--model", "m", "--data", "org/name", "--output-dir", "o", "--cpu"]
@@ -175,6 +175,15 @@ def test_a_signal_ends_with_75_and_says_how_to_go_on(recipe_run, capsys, number)
     message = capsys.readouterr().err
     assert message.startswith(f"interrupted: {number.name}")
     assert "meldkit train centralized-hf --resume --output-dir o" in message
+
+
+def test_a_run_that_stopped_itself_ends_with_75(recipe_run, capsys):
+    def stop(config, plan):
+        raise Interrupted("interrupted by SIGINT after step 3", hint="continue with: ...")
+
+    recipe_run(stop)
+    assert run_recipe("centralized-hf", COMPLETE) == 75
+    assert capsys.readouterr().err == "interrupted: by SIGINT after step 3\n  hint: continue with: ...\n"
 
 
 def test_only_the_first_rank_reports_wrong_options(capsys, monkeypatch):

@@ -23,6 +23,7 @@ from toolkit.config.recipes import CentralizedConfig
         ("--task sequence-classification --loss-on all", "--loss-on: is for language models"),
         ("--task sequence-classification --sample-prompts Hi", "--sample-prompts: is for language models"),
         ("--task sequence-classification --chat-template x", "--chat-template: is for language models"),
+        ("--sample-system-prompt Hi", "--sample-system-prompt: does nothing without sample_prompts"),
         ("--gpu 0 --cpu", "--gpu: excludes cpu"),
     ],
 )

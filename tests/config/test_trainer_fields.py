@@ -56,6 +56,7 @@ def test_what_governs_an_argument_is_an_option():
         ("learning_rate=1", "is governed by the option 'learning_rate'; use that"),
         ("per_device_train_batch_size=1", "is governed by the option 'batch_size'; use that"),
         ("max_length=1", "is governed by the option 'max_length'; use that"),
+        ("hub_token=hf_x", "is a secret, and options are recorded"),
         ("remove_unused_columns=true", "is set by meldkit itself"),
         (
             "neftune_alpha=5",

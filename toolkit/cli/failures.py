@@ -41,7 +41,12 @@ def guarded(
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return FAILED
     except Interrupted as error:
-        _say("interrupted", error.message, error.hint or resume_hint(), debug=debug)
+        _say(
+            "interrupted",
+            error.message.removeprefix("interrupted "),
+            error.hint or resume_hint(),
+            debug=debug,
+        )
         return error.exit_status
     except KeyboardInterrupt as error:
         signal_name = "SIGTERM" if isinstance(error, Terminated) else "SIGINT"

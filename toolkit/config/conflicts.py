@@ -89,6 +89,12 @@ def _classification(config: BaseModel) -> Iterator[Conflict]:
             yield Conflict((name,), (name, "task"), reason)
 
 
+def _samples(config: BaseModel) -> Iterator[Conflict]:
+    if _given(config, "sample_system_prompt") and not _value(config, "sample_prompts"):
+        names = ("sample_system_prompt", "sample_prompts")
+        yield Conflict(names[:1], names, "does nothing without sample_prompts")
+
+
 def _launch(config: BaseModel) -> Iterator[Conflict]:
     if _value(config, "cpu") and _value(config, "gpu") is not None:
         yield Conflict(("gpu",), ("gpu", "cpu"), "excludes cpu")
@@ -123,6 +129,7 @@ RULES: list[Callable[[BaseModel], Iterator[Conflict]]] = [
     _adapter,
     _data,
     _classification,
+    _samples,
     _launch,
     _trainer,
 ]

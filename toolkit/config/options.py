@@ -324,6 +324,9 @@ class RunOptions(Options):
     """Prompt that the model answers before and after training, printed and recorded. May be given several
     times."""
 
+    sample_system_prompt: str | None = None
+    """System prompt before each sample prompt, where the training data has one."""
+
     sample_tokens: int = Field(48, ge=1)
     """Longest answer to a sample prompt, in tokens."""
 

@@ -81,6 +81,9 @@ SET_BY_MELDKIT = {
     "label_names",
 }
 
+# Options are recorded in every run directory; a secret must not be.
+SECRET = {"hub_token"}
+
 
 @cache
 def trainer_fields(task: str) -> frozenset[str]:
@@ -117,12 +120,14 @@ def trainer_args_problems(trainer_args: dict[str, Any], task: str) -> Iterator[t
         for name in trainer_args:
             yield name, f"cannot be checked against the installed {package} ({error})"
         return
-    free = sorted(fields - GOVERNED.keys() - SET_BY_MELDKIT)
+    free = sorted(fields - GOVERNED.keys() - SET_BY_MELDKIT - SECRET)
     for name in trainer_args:
         if name in GOVERNED:
             yield name, f"is governed by the option '{GOVERNED[name]}'; use that"
         elif name in SET_BY_MELDKIT:
             yield name, "is set by meldkit itself"
+        elif name in SECRET:
+            yield name, "is a secret, and options are recorded; set the environment variable HF_TOKEN"
         elif name not in fields:
             hint = renamed(name, set(GOVERNED.values()) | {"trainer_args"})
             if hint is not None:
