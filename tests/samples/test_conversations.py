@@ -5,10 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from toolkit.data.samples import chatterbot, conversations, make
 from toolkit.data.samples.intents import SPLITS
 from toolkit.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,11 @@ def test_the_corpus_is_read_in_every_language(language):
     assert all(len(dialogue.turns) % 2 == 0 for dialogue in found)
     # "Yes" and "No" are words, not truth values.
     assert not {turn for dialogue in found for turn in dialogue.turns} & {"True", "False", "None"}
+
+
+def test_the_demo_asks_under_the_system_prompt_of_the_data():
+    demo = yaml.safe_load((ROOT / "recipes" / "configs" / "demo.yaml").read_text(encoding="utf-8"))
+    assert demo["sample_system_prompt"] == conversations.SYSTEM_PROMPT
 
 
 def test_one_source_only(tmp_path):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,31 +85,29 @@ def make(
     """
     if name not in DATA:
         raise collection.unknown_name("sample data set", name, DATA, hint="meldkit data samples lists them")
-    data = DATA[name]
-    num_rows = data.rows_per_intent if rows_per_intent is None else rows_per_intent
+    num_rows = DATA[name].rows_per_intent if rows_per_intent is None else rows_per_intent
     if num_rows < len(intents.SPLITS):
         raise InputError(
             f"--rows-per-intent {num_rows} cannot fill three partitions",
             hint="3 at least; 10 gives 8, 1 and 1",
         )
-    facts: dict[str, Any] = {"kind": "sample data", "name": name, "revision": data.revision}
+    facts: dict[str, Any] = {"kind": "sample data", "name": name, "revision": DATA[name].revision}
     facts |= {"rows_per_intent": num_rows, "seed": seed}
     if name == "intents":
-        chosen = _checked("locale", locales or DEFAULT_LOCALES, LOCALES)
-        facts["locales"] = chosen
-
-        def build(folder: Path) -> None:
-            _build_intents(folder, chosen, num_rows, seed, announce)
+        chosen = facts["locales"] = _checked("locale", locales or DEFAULT_LOCALES, LOCALES)
+        build = partial(_build_intents, locales=chosen, num_rows=num_rows, seed=seed, announce=announce)
     else:
-        chosen = _checked("language of conversations", languages or ["en"], conversations.languages())
-        if source not in conversations.SOURCES:
-            hint = f"one of: {', '.join(conversations.SOURCES)}"
-            raise collection.unknown_name("source", source, conversations.SOURCES, hint=hint)
-        facts |= {"languages": chosen, "source": source}
-
-        def build(folder: Path) -> None:
-            _build_conversations(folder, chosen, source, num_rows, seed, announce)
-
+        codes = _checked("language of conversations", languages or ["en"], conversations.languages())
+        [source] = _checked("source", [source], conversations.SOURCES)
+        facts |= {"languages": codes, "source": source}
+        build = partial(
+            _build_conversations,
+            languages=codes,
+            source=source,
+            num_rows=num_rows,
+            seed=seed,
+            announce=announce,
+        )
     return collection.make_folder(Path(out_dir), facts, build, announce=announce)
 
 
@@ -130,6 +129,7 @@ def _build_intents(
     folder: Path, locales: Sequence[str], num_rows: int, seed: int, announce: Announce
 ) -> None:
     counts: dict[str, dict[str, int]] = {}
+    exceptions: list[str] = []
     home_languages: dict[str, str] = {}
     for index, locale in enumerate(locales):
         language = templates.load(locale, announce=announce)
@@ -138,12 +138,13 @@ def _build_intents(
         (folder / locale).mkdir()
         for name, members in partitions.items():
             write_jsonl(folder / locale / f"{name}.jsonl", members)
+        exceptions += [f"{locale} {intent}" for intent in intents.not_everywhere(language, rows)]
         counts[locale] = {"intents": len({row.intent for row in rows})}
         counts[locale] |= {name: len(members) for name, members in partitions.items()}
         home_languages[locale] = language.code if locale in OURS else language.home.language
         num_intents = counts[locale]["intents"]
         announce(f"[{index + 1}/{len(locales)}] {locale}: {len(rows):,} rows of {num_intents} intents")
-    text = card.intents_card(counts, home_languages, rows_per_intent=num_rows, seed=seed)
+    text = card.intents_card(counts, home_languages, exceptions, rows_per_intent=num_rows, seed=seed)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -1,5 +1,6 @@
 """Intents of a voice assistant in many languages, in the shape of MASSIVE, split by template."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -133,6 +134,18 @@ def _partition_rows(
         seen.add(key)
         rows.append(Row(utterance.text, template.intent, utterance.slots, partition, template.text))
     return rows
+
+
+def not_everywhere(language: Language, rows: Sequence[Row]) -> list[str]:
+    """Return the intents with three templates or more that lack rows in a partition."""
+    found: dict[str, set[str]] = {intent: set() for intent in language.templates}
+    for row in rows:
+        found[row.intent].add(row.partition)
+    return [
+        intent
+        for intent, partitions in found.items()
+        if len(language.templates[intent]) >= len(SPLITS) and len(partitions) < len(SPLITS)
+    ]
 
 
 def _is_usable(language: Language, template: Template) -> bool:

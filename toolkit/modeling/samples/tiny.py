@@ -77,8 +77,26 @@ def _build_llama(folder: Path) -> None:
         "vocab_size": VOCABULARY_SIZE,
         **special,
     }
-    key_rows = HIDDEN_SIZE // num_heads * num_kv_heads
-    shapes = {
+    write_weights(
+        folder / "model.safetensors",
+        _random(_llama_shapes(HIDDEN_SIZE // num_heads * num_kv_heads)),
+        dtype="float32",
+    )
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", special)
+    tokenizer_config = {
+        "bos_token": "<|im_start|>",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "model_max_length": MAX_LENGTH,
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    write_tokenizer(folder, tokenizer_config, chat_template=CHATML_TEMPLATE)
+
+
+def _llama_shapes(key_rows: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (VOCABULARY_SIZE, HIDDEN_SIZE),
         "model.norm.weight": (HIDDEN_SIZE,),
     }
@@ -93,18 +111,7 @@ def _build_llama(folder: Path) -> None:
         shapes[f"{prefix}.mlp.gate_proj.weight"] = (INNER_SIZE, HIDDEN_SIZE)
         shapes[f"{prefix}.mlp.up_proj.weight"] = (INNER_SIZE, HIDDEN_SIZE)
         shapes[f"{prefix}.mlp.down_proj.weight"] = (HIDDEN_SIZE, INNER_SIZE)
-    write_weights(folder / "model.safetensors", _random(shapes), dtype="float32")
-    write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", special)
-    tokenizer_config = {
-        "bos_token": "<|im_start|>",
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
-        "model_max_length": MAX_LENGTH,
-        "pad_token": "<|endoftext|>",
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    write_tokenizer(folder, tokenizer_config, chat_template=CHATML_TEMPLATE)
+    return shapes
 
 
 def _build_xlm_r(folder: Path) -> None:
@@ -136,6 +143,12 @@ def _build_xlm_r(folder: Path) -> None:
         "type_vocab_size": 1,
         "vocab_size": VOCABULARY_SIZE,
     }
+    write_weights(folder / "model.safetensors", _random(_xlm_r_shapes()), dtype="float32")
+    write_json(folder / "config.json", config)
+    write_tokenizer(folder, XLM_R_TOKENIZER | {"model_max_length": MAX_LENGTH})
+
+
+def _xlm_r_shapes() -> dict[str, tuple[int, ...]]:
     square, vector = (HIDDEN_SIZE, HIDDEN_SIZE), (HIDDEN_SIZE,)
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.word_embeddings.weight": (VOCABULARY_SIZE, HIDDEN_SIZE),
@@ -156,9 +169,7 @@ def _build_xlm_r(folder: Path) -> None:
         for part, shape in parts.items():
             shapes[f"encoder.layer.{layer}.{part}.weight"] = shape
             shapes[f"encoder.layer.{layer}.{part}.bias"] = shape[:1]
-    write_weights(folder / "model.safetensors", _random(shapes), dtype="float32")
-    write_json(folder / "config.json", config)
-    write_tokenizer(folder, XLM_R_TOKENIZER | {"model_max_length": MAX_LENGTH})
+    return shapes
 
 
 def _tokenizer(specials: list[str]) -> Any:
