@@ -1,4 +1,5 @@
-"""A tiny tokenizer, templates of the common families and a tiny random Llama; nothing comes from a network."""
+"""A tiny tokenizer, templates of the common families and a tiny random Llama; nothing comes from a
+network."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -16,21 +17,24 @@ CHATML = (
 )
 CHATML_WITH_MARKS = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 DEFAULT_SYSTEM = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
-    + CHATML
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}" + CHATML
 )
 # Writes BOS itself, as Llama does, and ends a turn with a token that is not EOS.
 LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\n\n' + m['content'] | trim + '<|eot|>' }}"
+    "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\n\n' "
+    "+ m['content'] | trim + '<|eot|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}"
 )
 MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
@@ -40,7 +44,8 @@ QWEN3 = (
     "{% if m['role'] == 'assistant' %}{% set answer = m['content'].split('</think>')[-1].lstrip('\n') %}"
     "{% set thought = m['content'].split('</think>')[0].replace('<think>', '').strip() "
     "if '</think>' in m['content'] else '' %}"
-    "{% if loop.last %}{{ '<think>\n' + thought + '\n</think>\n\n' + answer }}{% else %}{{ answer }}{% endif %}"
+    "{% if loop.last %}{{ '<think>\n' + thought + '\n</think>\n\n' + answer }}"
+    "{% else %}{{ answer }}{% endif %}"
     "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -70,8 +75,10 @@ TEMPLATES = {
 }
 SPECIAL = ["<|im_end|>", "<|im_start|>", "<s>", "</s>", "<pad>", "<|start|>", "<|end|>", "<|eot|>"]
 TEXT = (
-    "Hello there, how are you today? I am fine, thank you. What is the capital of France? Paris is the capital of France. "
-    "user assistant system You are helpful. The sky is blue. Tell me a story about a cat. Once upon a time there was a cat. "
+    "Hello there, how are you today? I am fine, thank you. What is the capital of France? Paris is the "
+    "capital of France. "
+    "user assistant system You are helpful. The sky is blue. Tell me a story about a cat. Once upon a time "
+    "there was a cat. "
 )
 
 
@@ -117,7 +124,7 @@ def tokenizer() -> Any:
     return build_tokenizer()
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_llama() -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -138,7 +145,7 @@ def tiny_llama() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.fixture()
+@pytest.fixture
 def options(tmp_path: Path) -> Callable[..., Any]:
     """DataOptions with a cache of the test's own; keyword arguments override."""
     from toolkit.config.options import DataOptions
@@ -150,7 +157,7 @@ def options(tmp_path: Path) -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[..., str]:
     """Writes rows to a file below tmp_path and returns its path."""
 
@@ -192,6 +199,6 @@ def trained_texts() -> Callable[[Any, Any], list[str]]:
     return texts
 
 
-@pytest.fixture()
+@pytest.fixture
 def namespace() -> Callable[..., SimpleNamespace]:
     return SimpleNamespace

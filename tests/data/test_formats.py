@@ -138,10 +138,10 @@ def test_nothing_fits():
 
 
 def test_unknown_names_are_met_with_the_nearest():
-    with pytest.raises(DataError, match="unknown data format 'mesages'; did you mean messages?"):
+    with pytest.raises(DataError, match=r"unknown data format 'mesages'; did you mean messages\?"):
         examples_of({"text": "x"}, data_format="mesages")
     with pytest.raises(
-        DataError, match="prompt=qestion names a column that is not there; did you mean question?"
+        DataError, match=r"prompt=qestion names a column that is not there; did you mean question\?"
     ):
         examples_of({"question": "x", "answer": "y"}, mapping={"prompt": "qestion"})
     with pytest.raises(DataError, match="a field that no format has: promt"):

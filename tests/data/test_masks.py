@@ -16,7 +16,7 @@ EOS_OF = {"llama3": "</s>", "mistral": "</s>", "phi": "</s>"}
 STABLE = ("chatml", "chatml-marks", "default-system", "llama3", "mistral", "qwen3", "phi", "no-end")
 
 
-@pytest.fixture()
+@pytest.fixture
 def rows_of(options, write_jsonl, tmp_path):
     """Prepared training rows of the given source rows."""
 
@@ -200,7 +200,8 @@ def test_weight_zero_takes_a_turn_out(rows_of, tokenizer, make_chat, trained_tex
 def test_a_token_over_the_border_is_split_so_that_the_prompt_is_that_of_inference(
     rows_of, make_tokenizer, trained_texts
 ):
-    """'The' + ' capital': the joined text has the token ' capital', the prompt alone ends with a space of its own."""
+    """'The' + ' capital': the joined text has the token ' capital', the prompt alone ends with a space of its
+    own."""
     tokenizer = make_tokenizer(None, eos="</s>")
     prompt, completion = "What is the ", "capital of France"
     prepared = rows_of([{"prompt": prompt, "completion": completion}], tokenizer)
@@ -225,7 +226,8 @@ def test_all_rows_gone_is_an_error_that_says_why(rows_of, tokenizer, make_chat):
 
 
 def test_completion_only_is_not_ignored_on_chat_and_text_is_whole(rows_of, tokenizer, make_chat):
-    """TRL trains every token of a `text` row whatever was asked; here only text is whole, and the report says so."""
+    """TRL trains every token of a `text` row whatever was asked; here only text is whole, and the report says
+    so."""
     text = rows_of([{"text": "The sky is blue."}], tokenizer, loss_on="completion")
     assert text.report.data_format == "text"
     assert text.report.train.num_trained_tokens == text.report.train.num_tokens - 1
@@ -285,7 +287,8 @@ WORDS = st.text(alphabet="aeio HF.?é\n漢", min_size=1, max_size=12).filter(lam
     loss_on=st.sampled_from(["assistant", "last-assistant", "completion", "all"]),
 )
 def test_mask_invariants(make_tokenizer, make_chat, turns, name, loss_on):
-    """Labels are the ids or -100; the answers, and for the other choices no user text, are trained; rows end trained."""
+    """Labels are the ids or -100; the answers, and for the other choices no user text, are trained; rows end
+    trained."""
     tokenizer = _cached(make_tokenizer, name)
     source = make_chat(*turns)
     rows = Encoder(tokenizer).encode(Renderer(tokenizer, loss_on, str).render([messages_format(source)]))

@@ -1,4 +1,5 @@
-"""Rows over --max-length: what each policy keeps, and that every loss is counted in rows and in answer tokens."""
+"""Rows over --max-length: what each policy keeps, and that every loss is counted in rows and in answer
+tokens."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +9,7 @@ from toolkit.data.prepare import prepare
 from toolkit.errors import DataError
 
 
-@pytest.fixture()
+@pytest.fixture
 def prepared(options, write_jsonl, tokenizer):
     def run(rows, max_length, overlong, eval_rows=None, **values):
         values.setdefault("skip_data_check", True)

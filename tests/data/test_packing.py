@@ -27,7 +27,7 @@ def test_best_fit_takes_the_tightest_sequence():
         pack([3, 10], 9)
 
 
-@pytest.fixture()
+@pytest.fixture
 def rows(options, write_jsonl, make_chat, tokenizer):
     """The same rows alone and packed, from few to many tokens."""
     texts = [make_chat("word " * (n % 5 + 1), "Hello there " * (n % 7 + 1)) for n in range(9)]
@@ -66,7 +66,8 @@ def parts_of(batch, logits, rows):
 def test_packed_rows_give_the_logits_of_rows_alone(
     rows, tiny_llama, tokenizer, attention, pad_to_multiple_of
 ):
-    """All packed rows in one batch, so that short ones are padded. Bound: 1e-5 absolute, the rounding of fp32."""
+    """All packed rows in one batch, so that short ones are padded. Bound: 1e-5 absolute, the rounding of
+    fp32."""
     alone, packed = rows
     tiny_llama.set_attn_implementation(attention)
     assert len({row["length"] for row in packed}) > 1
@@ -82,7 +83,7 @@ def test_packed_rows_give_the_logits_of_rows_alone(
 
 def test_without_own_positions_rows_would_see_each_other(rows, tiny_llama):
     """The test above can fail: positions that run on change the logits."""
-    alone, packed = rows
+    _, packed = rows
     row = next(row for row in packed if len(row["seq_lengths"]) > 1)
     with torch.no_grad():
         logits = tiny_llama(torch.tensor([row["input_ids"]]), use_cache=False).logits

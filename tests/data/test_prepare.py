@@ -18,12 +18,12 @@ INTENTS = [
 ]
 
 
-@pytest.fixture()
+@pytest.fixture
 def chats(make_chat):
     return [make_chat(f"question {n}", f"answer {n}") for n in range(20)]
 
 
-@pytest.fixture()
+@pytest.fixture
 def prepared(options, tokenizer):
     def run(data, task="causal-lm", seed=0, **values):
         return prepare(options(data=str(data), **values), tokenizer, task, seed=seed)
@@ -31,7 +31,8 @@ def prepared(options, tokenizer):
     return run
 
 
-# --- which rows --------------------------------------------------------------------------------------------------
+# --- which rows
+# --------------------------------------------------------------------------------------------------
 
 
 def test_no_held_out_rows_unless_asked_for(prepared, write_jsonl, chats):
@@ -91,7 +92,8 @@ def test_split_names_of_a_single_file(prepared, write_jsonl, chats):
         prepared(write_jsonl(chats), train_split="all")
 
 
-# --- what comes out ----------------------------------------------------------------------------------------------
+# --- what comes out
+# ----------------------------------------------------------------------------------------------
 
 
 def test_columns_and_longest(prepared, write_jsonl, chats):
@@ -152,7 +154,8 @@ def test_cut_texts_keep_the_special_tokens_at_their_end(options, write_jsonl, ma
     assert result.report.train.overlong["num_rows_cut"] == 1
 
 
-# --- the check stops ---------------------------------------------------------------------------------------------
+# --- the check stops
+# ---------------------------------------------------------------------------------------------
 
 
 def test_leaks_stop_unless_allowed(prepared, write_jsonl, chats, make_chat):
@@ -168,13 +171,14 @@ def test_leaks_stop_unless_allowed(prepared, write_jsonl, chats, make_chat):
 
 
 def test_duplicates_and_a_small_trained_share_stop(prepared, write_jsonl, make_chat):
-    with pytest.raises(DataError, match="9 of 10 training rows repeat an earlier row, 90.0 %"):
+    with pytest.raises(DataError, match=r"9 of 10 training rows repeat an earlier row, 90\.0 %"):
         prepared(write_jsonl([make_chat("a", "b")] * 10))
     with pytest.raises(DataError, match=r"only 0\.\d\d % of the training tokens are trained"):
         prepared(write_jsonl([make_chat("long " * 200, "b")]), min_trainable_share=0.01)
 
 
-# --- the cache ---------------------------------------------------------------------------------------------------
+# --- the cache
+# ---------------------------------------------------------------------------------------------------
 
 
 def entries(folder):

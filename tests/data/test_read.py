@@ -139,7 +139,7 @@ def test_a_folder_without_splits_and_a_missing_split(tmp_path):
     with pytest.raises(DataError, match=r"no file is named after a split \(a.jsonl, b.jsonl\)"):
         open_source(str(tmp_path))
     write(tmp_path, "s/train.jsonl")
-    with pytest.raises(DataError, match="has no split named 'trian'; did you mean train?"):
+    with pytest.raises(DataError, match=r"has no split named 'trian'; did you mean train\?"):
         read_table(str(tmp_path / "s"), split="trian")
 
 

@@ -9,7 +9,7 @@ from toolkit.data.collate import Collator
 from toolkit.data.prepare import prepare
 
 
-@pytest.fixture()
+@pytest.fixture
 def arguments(tmp_path):
     def make(config_class=SFTConfig, **values):
         common = {

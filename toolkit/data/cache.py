@@ -58,7 +58,8 @@ def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
         return {}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # What stands before are the truncation and padding of the last call, which are no part of the tokenizer.
+        # What stands before are the truncation and padding of the last call, which are no part of the
+        # tokenizer.
         text = backend.to_str()
         content = text[text.index('"added_tokens"') :]
     else:
@@ -101,7 +102,8 @@ def fingerprint(rows: Iterable[Iterable[Mapping[str, Any]]], facts: Mapping[str,
 
 
 def entry_key(content: str, sources: Sequence[str]) -> str:
-    """Name of an entry: hash of the content's fingerprint, the places that its report names, versions, code."""
+    """Name of an entry: hash of the content's fingerprint, the places that its report names, versions,
+    code."""
     versions = [version(name) for name in ("transformers", "tokenizers", "jinja2")]
     facts = [content, list(sources), versions, code_sha256()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
