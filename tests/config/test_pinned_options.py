@@ -23,7 +23,8 @@ PINNED = {
         ),
         "Launch": ("num_processes gpu cpu mixed_precision deepspeed main_process_port"),
         "Run": (
-            "output_dir* resume merge_final sample_prompts sample_system_prompt sample_tokens report_to project run_name log_level"
+            "output_dir* resume merge_final sample_prompts sample_system_prompt sample_tokens "
+            "report_to project run_name log_level"
         ),
     },
 }

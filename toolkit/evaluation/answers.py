@@ -6,19 +6,25 @@ import torch
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, prompt: str, *, num_tokens: int, device: Any) -> str:
+def answer(
+    model: Any, tokenizer: Any, prompt: str, *, system_prompt: str | None = None, num_tokens: int, device: Any
+) -> str:
     """One answer to ``prompt``.
 
     Args:
         model: a causal language model or a PeftModel of one.
         tokenizer: with a chat template, the prompt becomes a user's turn; without, it is continued as text.
-        prompt: the user's words; ``system: …`` lines before an empty line become the system prompt.
+        prompt: the user's words.
+        system_prompt: comes before them, where there is a chat template.
         num_tokens: longest answer in tokens.
         device: where the model lies.
     """
     if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        if system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": system_prompt})
         inputs = tokenizer.apply_chat_template(
-            _messages(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -41,10 +47,3 @@ def answer(model: Any, tokenizer: Any, prompt: str, *, num_tokens: int, device: 
         model.train(was_training)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
-
-def _messages(prompt: str) -> list[dict[str, str]]:
-    head, separator, rest = prompt.partition("\n\n")
-    if separator and head.startswith("system:"):
-        system = head.removeprefix("system:").strip()
-        return [{"role": "system", "content": system}, {"role": "user", "content": rest}]
-    return [{"role": "user", "content": prompt}]

@@ -269,6 +269,7 @@ class CentralizedRun:
                 self.trainer.model,
                 tokenizer,
                 prompt,
+                system_prompt=config.sample_system_prompt,
                 num_tokens=config.sample_tokens,
                 device=self.trainer.accelerator.device,
             )
