@@ -99,6 +99,12 @@ def test_what_comes_from_outside_is_escaped(draw):
     assert page.text.count(evil) >= 6
 
 
+def test_nested_values_are_rows_and_counts_are_no_metrics(draw):
+    page = draw(["model"], 10)
+    assert "lengths / median" in page.text
+    assert "8984" not in page.text
+
+
 def test_lost_losses_are_marked_and_break_the_line(draw):
     def lose(record):
         return dataclasses.replace(record, loss=math.nan) if record.step in (10, 11) else record

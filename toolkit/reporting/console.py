@@ -84,7 +84,7 @@ class Console:
         elif isinstance(record, SampleRecord):
             self._entry(self._named(record.participant, f"answer {record.phase} training"), "")
             self._write(Text.assemble("    > ", (one_line(record.prompt), "italic")))
-            self._write(Text(f"    {one_line(record.answer)}"))
+            self._write(Text(f"    {one_line(record.answer) or '(empty answer)'}"))
         elif isinstance(record, CheckpointRecord):
             if self._level <= logging.INFO:
                 where = self._named(record.participant, f"step {record.step}")

@@ -23,6 +23,7 @@ logger = logging.getLogger("toolkit.reporting")
 REPORT_NAME = "report.html"
 # With more participants the unsmoothed losses would hide the smoothed ones.
 MAX_RAW_SERIES = 3
+MAX_NUMBERS = 24
 NOISY_COLUMNS = ("grad_norm", "tokens_per_second", "utilization_percent", "power_watts")
 
 
@@ -76,6 +77,8 @@ def render(history: History, *, config: Mapping[str, Any], run_dir: Path) -> str
     environment.filters |= {"number": wording.number, "size": wording.size, "duration": wording.duration}
     environment.filters["value"] = _value
     environment.filters["without"] = lambda values, name: {k: v for k, v in values.items() if k != name}
+    environment.filters["flat"] = _flat
+    environment.tests["metric"] = wording.is_metric
     environment.globals["change"] = _change
     metrics = summarize(history)
     return environment.from_string(source).render(
@@ -86,12 +89,10 @@ def render(history: History, *, config: Mapping[str, Any], run_dir: Path) -> str
         end=history.end,
         charts=_charts(history),
         legend=_legend(history),
-        metric_names=list(
-            dict.fromkeys(m for p in metrics["participants"].values() for m in p["evaluation"])
-        ),
+        metric_names=_metric_names(metrics),
         evaluations=history.evaluations,
         samples=_samples(history),
-        data_check=history.data_check,
+        data_check=history.data_check or {},
         config=config,
         machine=_machine(run_dir),
         files=_files(run_dir),
@@ -107,7 +108,7 @@ def _tiles(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         only = participants[0]
         text = _change(only["first_train_loss"], only["mean_train_loss_of_last_tenth"])
         tiles.append(("training loss", text))
-        for name, value in only["evaluation"].items():
+        for name, value in ((n, v) for n, v in only["evaluation"].items() if wording.is_metric(n)):
             text = _change(value["before"], value["final"])
             tiles.append((f"held-out {name.removeprefix('eval_').replace('_', ' ')}", text))
     tiles.append(("steps", f"{metrics['total_steps']:,}"))
@@ -164,7 +165,7 @@ def _metric_charts(history: History) -> list[Chart]:
     return [
         _chart(_evaluation_lines(history, name, joined=True), name.replace("_", " "), "held out")
         for name in names
-        if name != "loss"
+        if name != "loss" and wording.is_metric(name)
     ]
 
 
@@ -237,6 +238,26 @@ def _files(run_dir: Path) -> list[tuple[str, str]]:
     return found
 
 
+def _metric_names(metrics: Mapping[str, Any]) -> list[str]:
+    """Names of the metrics of all participants' evaluations."""
+    names = dict.fromkeys(name for part in metrics["participants"].values() for name in part["evaluation"])
+    return [name for name in names if wording.is_metric(name)]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested values as rows: ``("train / num_rows", "160")``."""
+    rows: list[tuple[str, str]] = []
+    for key, item in values.items():
+        label = f"{prefix}{key}"
+        if isinstance(item, list | tuple) and any(isinstance(part, Mapping) for part in item):
+            item = {str(number): part for number, part in enumerate(item, 1)}
+        if isinstance(item, Mapping) and item:
+            rows += _flat(item, f"{label} / ")
+        else:
+            rows.append((label, _value(item)))
+    return rows
+
+
 def _change(before: Any, after: Any) -> str:
     """``3.1 → 0.5``, or the one of them that is known."""
     known = [wording.number(value) for value in (before, after) if value is not None]
@@ -247,8 +268,12 @@ def _value(value: Any) -> str:
     """A value of a configuration or description as text."""
     if value is None:
         return "–"
+    if isinstance(value, Mapping):  # an empty one
+        return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
-        return ", ".join(_value(item) for item in value) or "–"
+        is_long = len(value) > MAX_NUMBERS and all(isinstance(item, int | float) for item in value)
+        shown = [_value(item) for item in (value[:MAX_NUMBERS] if is_long else value)]
+        return ", ".join([*shown, "…"] if is_long else shown) or "–"
     return f"{value:g}" if isinstance(value, float) else str(value)

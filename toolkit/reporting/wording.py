@@ -74,9 +74,16 @@ def epoch_label(epoch: float, num_epochs: float | None, *, phase_end: bool = Fal
     return f"epoch {min(index, math.ceil(num_epochs))}/{math.ceil(num_epochs)}"
 
 
+def is_metric(name: str) -> bool:
+    """Whether a value of an evaluation says how good the model is; a count (``num_tokens``) does not."""
+    return not name.removeprefix("eval_").startswith("num_")
+
+
 def evaluation_metrics(metrics: Mapping[str, float], train_loss: float | None) -> str:
     """``train_loss: 0.245, eval_loss: 0.198``."""
-    named = {f"eval_{name.removeprefix('eval_')}": value for name, value in metrics.items()}
+    named = {
+        f"eval_{name.removeprefix('eval_')}": value for name, value in metrics.items() if is_metric(name)
+    }
     if train_loss is not None:
         named = {"train_loss": train_loss, **named}
     return ", ".join(f"{name}: {number(value)}" for name, value in named.items())
