@@ -87,8 +87,7 @@ def conversations(language: str, *, seed: int, announce: Announce = silent) -> l
     random = Random(f"{seed} chatterbot {language}")
     dialogues = []
     for path in sorted(folder.glob("*.yml")):
-        # The base loader keeps every scalar as text: "Yes" and "1984" are words here.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CBaseLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
         topic = (content.get("categories") or [path.stem])[0].strip().lower()
         dialogues += _dialogues(content.get("conversations") or [], topic, is_dialogue=path.stem in DIALOGUES)
     return _chained(_divided(_unique(dialogues), random), random)
