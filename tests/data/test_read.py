@@ -4,6 +4,7 @@ import csv
 import json
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -143,7 +144,15 @@ def test_a_folder_without_splits_and_a_missing_split(tmp_path):
         read_table(str(tmp_path / "s"), split="trian")
 
 
-def test_an_unknown_name_without_a_network_is_one_message(monkeypatch):
+def test_an_unknown_name_without_a_network_is_one_message_at_once(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://hub.invalid")
+    for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(
+        DataError, match=r"neither a file or folder here nor in the cache, and https://hub.invalid cannot"
+    ):
+        read_table("nobody/no-such-data-set")
+    monkeypatch.setattr("toolkit.data.read.can_reach", lambda url: True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="neither a file or folder here nor a data set that could be loaded"):
+    with pytest.raises(DataError, match="nor a data set that could be loaded from the hub"):
         read_table("nobody/no-such-data-set")

@@ -2,6 +2,9 @@
 
 import difflib
 import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,7 +201,16 @@ def _saved_dataset(folder: Path) -> Source:
 
 def _hub(name: str, revision: str | None) -> Source:
     import datasets
+    import datasets.config
+    import huggingface_hub
 
+    endpoint = huggingface_hub.constants.ENDPOINT
+    is_cached = (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
+    if not is_cached and not can_reach(endpoint):
+        raise DataError(
+            f"{name} is neither a file or folder here nor in the cache, and {endpoint} cannot be reached",
+            hint="check the spelling; without a network give a local file or folder",
+        )
     try:
         loaded = datasets.load_dataset(name, revision=revision)
     except Exception as error:  # the hub client raises a dozen classes of its own, requests' and httpx's
@@ -210,6 +222,21 @@ def _hub(name: str, revision: str | None) -> Source:
             hint="check the spelling; without a network give a local file or folder",
         ) from error
     return _from_datasets(name, loaded)
+
+
+def can_reach(url: str) -> bool:
+    """Whether the host of ``url`` has an address, or a proxy may know it.
+
+    Asked first, since the hub's client tries for half a minute to reach a host that does not exist.
+    """
+    host = urllib.parse.urlsplit(url).hostname
+    if host is None or urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _from_datasets(name: str, loaded: Any) -> Source:
