@@ -62,13 +62,24 @@ def test_two_processes_train_like_one(probe_environment: dict[str, str], tmp_pat
     assert two["losses"][0] != two["losses"][-1]
 
 
+@pytest.fixture(scope="module")
+def losses_of_data_parallel() -> dict[str, list[float]]:
+    """Filled by the first test that needs it: one run of plain data parallel serves all comparisons."""
+    return {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_trains_like_data_parallel(
-    deepspeed_environment: dict[str, str], tmp_path: Path, stage: int, num_processes: int
+    deepspeed_environment: dict[str, str],
+    tmp_path: Path,
+    losses_of_data_parallel: dict[str, list[float]],
+    stage: int,
+    num_processes: int,
 ) -> None:
-    plain = train(config_with(num_processes=2), deepspeed_environment, tmp_path)
+    if not losses_of_data_parallel:
+        losses_of_data_parallel |= train(config_with(num_processes=2), deepspeed_environment, tmp_path)
     config = config_with(
         num_processes=num_processes,
         batch_size=2 // num_processes,
@@ -77,7 +88,7 @@ def test_deepspeed_trains_like_data_parallel(
     )
     sharded = train(config, deepspeed_environment, tmp_path)
     assert sharded["distributed_type"] == "DEEPSPEED"
-    assert sharded["losses"] == pytest.approx(plain["losses"], abs=1e-5)
+    assert sharded["losses"] == pytest.approx(losses_of_data_parallel["losses"], abs=1e-5)
     # ZeRO-3 gathers the weights: the file is whole, not one process's share.
     from safetensors import safe_open
 
