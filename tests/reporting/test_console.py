@@ -139,7 +139,9 @@ def test_bars_fit_the_terminal(fake_run, width, count):
         assert "and 13 more" in lines[-1]
 
 
-def run_in_terminal(arguments, *, columns=80, interrupt_at=None, **environment) -> tuple[str, int]:
+def run_in_terminal(
+    arguments, *, columns=80, interrupt_at=None, signal_number=signal.SIGINT, **environment
+) -> tuple[str, int]:
     """Output of a process on a terminal of its own, and its exit status."""
     parent, child = pty.openpty()
     environment = {
@@ -163,7 +165,7 @@ def run_in_terminal(arguments, *, columns=80, interrupt_at=None, **environment) 
             break
         output += chunk
         if interrupt_at is not None and interrupt_at in output:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal_number)
             interrupt_at = None
     os.close(parent)
     return output.decode("utf-8"), process.wait(timeout=60)
@@ -180,7 +182,8 @@ def test_on_a_terminal_nothing_wraps_and_the_bar_is_redrawn_in_place(fake_run_pa
     assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l")
 
 
-def test_ctrl_c_leaves_the_cursor_visible(fake_run_path, tmp_path):
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_leaves_the_cursor_visible(fake_run_path, tmp_path, signal_number):
     arguments = [
         fake_run_path,
         tmp_path / "run",
@@ -190,9 +193,9 @@ def test_ctrl_c_leaves_the_cursor_visible(fake_run_path, tmp_path):
         "0.01",
         "--report-to",
     ]
-    output, status = run_in_terminal(arguments, interrupt_at=b"Epoch 1/3")
+    output, status = run_in_terminal(arguments, interrupt_at=b"Epoch 1/3", signal_number=signal_number)
     assert status != 0
-    assert "KeyboardInterrupt" in output
+    assert ("KeyboardInterrupt" in output) is (signal_number == signal.SIGINT)
     assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l")
 
 
