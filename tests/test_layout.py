@@ -31,7 +31,7 @@ LAYERS = (
     {"training", "merging", "evaluation"},
     {"modeling", "data", "languages"},
     {"toolkit_kernels", "config", "launch", "reporting", "collection", "wheels"},
-    {"durable", "errors"},
+    {"durable", "errors", "terminal"},
 )
 
 # What --help, --dry-run and every configuration error pass through: answers in a fraction of a second.
@@ -42,6 +42,7 @@ TORCH_FREE = (
     "launch",
     "cli",
     "__main__",
+    "terminal",
     "wheels",
     "collection",
     "reporting.records",

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from toolkit.cli import help as texts
-from toolkit.cli import option_help
 from toolkit.cli.main import main
+from toolkit.config import option_help
 from toolkit.config.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]

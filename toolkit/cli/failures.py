@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from toolkit.cli.terminal import RED, err, styled
 from toolkit.errors import ConfigError, Interrupted, MeldkitError
+from toolkit.terminal import RED, err, styled
 
 FAILED, INPUT_WRONG, INTERRUPTED = 1, 2, 75
 

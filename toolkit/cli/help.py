@@ -1,9 +1,9 @@
-"""Help texts of the commands. The options of a recipe are in option_help.py, which needs the schema."""
+"""Help texts of the commands. The options of a recipe are in toolkit/config/option_help.py."""
 
 import textwrap
 
 import toolkit
-from toolkit.cli.terminal import BOLD, styled, width
+from toolkit.terminal import BOLD, styled, usage_lines, width
 
 COMMANDS: dict[str, str] = {
     "train": "Train with a recipe.",
@@ -85,7 +85,3 @@ def _command_help(
             else textwrap.wrap(paragraph, width())
         )
     return "\n".join(lines)
-
-
-def usage_lines(text: str) -> list[str]:
-    return textwrap.wrap(f"usage: {text}", width(), subsequent_indent=" " * 7)

@@ -4,8 +4,8 @@ called."""
 from collections.abc import Callable
 
 from toolkit.cli.failures import INPUT_WRONG, guarded
-from toolkit.cli.terminal import err, out
 from toolkit.config.names import did_you_mean
+from toolkit.terminal import err, out
 
 HELP_WORDS = ("-h", "--help", "help")
 Command = Callable[[list[str]], int]

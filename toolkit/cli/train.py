@@ -12,11 +12,11 @@ from typing import Any
 
 from toolkit.cli.failures import Terminated, guarded
 from toolkit.cli.files import check_files
-from toolkit.cli.terminal import BOLD, out, styled
 from toolkit.config.load import Loaded, load
 from toolkit.config.recipes import RECIPES
 from toolkit.config.shipped import shipped_file
 from toolkit.errors import RunDirectoryError
+from toolkit.terminal import BOLD, out, styled
 
 CONFIG_NAME = "experiment_config.json"
 HELP_FLAGS = {"-h", "--help"}
@@ -30,7 +30,7 @@ def run_recipe(recipe: str, argv: Sequence[str]) -> int:
     """
     argv = list(argv)
     if HELP_FLAGS.intersection(argv):
-        from toolkit.cli.option_help import recipe_help
+        from toolkit.config.option_help import recipe_help
 
         return guarded(lambda: _print(recipe_help(recipe, RECIPES[recipe])), debug=False)
     starter = _Starter(recipe, argv)

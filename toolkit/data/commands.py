@@ -5,12 +5,12 @@ import json
 import sys
 from typing import Any, TypeVar
 
-from toolkit.cli.option_help import options_help
-from toolkit.cli.terminal import out
 from toolkit.config.data_commands import DataCheckConfig, PreviewConfig, SplitConfig
 from toolkit.config.load import load
+from toolkit.config.option_help import options_help
 from toolkit.config.options import Options
 from toolkit.errors import DataError, InputError
+from toolkit.terminal import out
 
 ConfigT = TypeVar("ConfigT", bound=Options)
 HELP_FLAGS = {"-h", "--help", "help"}

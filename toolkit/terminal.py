@@ -33,6 +33,13 @@ def styled(text: str, style: str, stream: TextIO | None = None) -> str:
     return f"\x1b[{style}m{text}\x1b[0m"
 
 
+def usage_lines(text: str) -> list[str]:
+    """Return "usage: TEXT", wrapped."""
+    import textwrap  # the errors that need no wrapping come faster without
+
+    return textwrap.wrap(f"usage: {text}", width(), subsequent_indent=" " * 7)
+
+
 def out(text: str = "") -> None:
     """Write a line to standard output."""
     sys.stdout.write(text + "\n")

@@ -3,12 +3,11 @@
 import textwrap
 from typing import Any
 
-from toolkit.cli.help import usage_lines
-from toolkit.cli.terminal import BOLD, DIM, styled, width
 from toolkit.config.command_line import REQUEST_HELP
 from toolkit.config.options import Options
 from toolkit.config.schema import Option, options_of
 from toolkit.config.shipped import shipped_file
+from toolkit.terminal import BOLD, DIM, styled, usage_lines, width
 
 
 def recipe_help(recipe: str, config_class: type[Options]) -> str:
