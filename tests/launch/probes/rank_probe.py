@@ -47,7 +47,7 @@ def wait_for_signal(folder: str, *, ends: str = "yes") -> int:
 
     def handle(signal_number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(signal_number).name)
-        (Path(folder) / f"got-{os.environ['RANK']}").write_text(received[0])
+        (Path(folder) / f"got-{os.environ['RANK']}").write_text(",".join(received))
 
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(signal.Signals[name], handle)
