@@ -142,8 +142,8 @@ def _keep_cpu_weights_unpacked(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def _from_pretrained(auto_class: Any, source: ModelSource, config: Any, **keywords: Any) -> Any:
-    common = source.keywords(revision=config.revision, trust_remote_code=config.trust_remote_code)
+def _from_pretrained(auto_class: Any, source: ModelSource, options: Any, **keywords: Any) -> Any:
+    common = source.keywords(revision=options.revision, trust_remote_code=options.trust_remote_code)
     try:
         return auto_class.from_pretrained(source.name, **common, **keywords)
     except (OSError, ValueError) as error:
