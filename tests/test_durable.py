@@ -14,7 +14,7 @@ import pytest
 from toolkit import durable
 from toolkit.errors import CheckpointError
 
-# The system calls by which durable.py changes or secures something: a process can die at each, or a disk fail.
+# The system calls by which durable.py changes or secures something: at each a process can die or a disk fail.
 CALLS = ("fsync", "replace", "rename")
 
 

@@ -1,7 +1,7 @@
 """Files and folders that either are complete or are not there.
 
-The one commit protocol of the project: write beside, fsync, rename, fsync the folder. A folder that is committed
-holds ``manifest.json`` with the size and the SHA-256 of each of its files, written last.
+The one commit protocol of the project: write beside, fsync, rename, fsync the folder. A folder that is
+committed holds ``manifest.json`` with the size and the SHA-256 of each of its files, written last.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def sync_file(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file ``path`` by ``text`` (UTF-8): a reader sees the old file or the new one, never a part."""
+    """Replace the file ``path`` by ``text`` (UTF-8): a reader sees the old file or the new one, no part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{STAGING_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
     try:
@@ -101,7 +101,7 @@ def verify_folder(folder: Path) -> dict[str, Any]:
     """Return the manifest of a committed folder after comparing every file with it.
 
     Raises:
-        CheckpointError: no manifest, a file that is missing, added or changed; the message names the first one.
+        CheckpointError: no manifest, or a file is missing, added or changed; the message names the first.
     """
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
@@ -124,7 +124,7 @@ def verify_folder(folder: Path) -> dict[str, Any]:
 
 
 def discard_folder(folder: Path) -> None:
-    """Delete a committed folder: renamed first, so that a half-deleted one is never taken for a complete one."""
+    """Delete a committed folder: renamed first, so that a half-deleted one never looks complete."""
     trash = folder.with_name(f"{TRASH_PREFIX}{folder.name}-{uuid.uuid4().hex[:8]}")
     os.rename(folder, trash)
     sync_folder(folder.parent)
