@@ -139,7 +139,7 @@ def test_preview_puts_trained_tokens_in_brackets(data, tokenizer_folder, capsys)
     )
     text = capsys.readouterr().out
     assert "data.jsonl:3: " in text
-    assert "<|im_start|>assistant\n[word word word <|im_end|>]" in text
+    assert "<|im_start|>assistant\n⟦word word word <|im_end|>⟧" in text
     assert (
         main(["data", "preview", "--data", data, "--tokenizer", tokenizer_folder, "--first-row", "99"]) == 2
     )
@@ -157,7 +157,7 @@ def test_preview_in_colour_marks_what_is_trained_special_and_cut(tokenizer):
     assert text.plain == "<|im_start|>Hello✂<|im_end|>"
     assert "\x1b[36m<|im_start|>" in capture.get()
     assert "\x1b[1;9;32m<|im_end|>" in capture.get()
-    assert row_text(row, tokenizer, has_colour=False, max_length=99).plain == "<|im_start|>Hello[<|im_end|>]"
+    assert row_text(row, tokenizer, has_colour=False, max_length=99).plain == "<|im_start|>Hello⟦<|im_end|>⟧"
 
 
 def test_preview_keeps_characters_of_several_tokens_whole(tokenizer):

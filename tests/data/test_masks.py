@@ -144,6 +144,16 @@ def test_bos_once_where_template_and_tokenizer_both_write_it(rows_of, make_token
     assert row["input_ids"][0] == tokenizer.bos_token_id
 
 
+def test_a_conversation_gets_no_bos_that_its_template_does_not_write(rows_of, make_tokenizer, make_chat):
+    """apply_chat_template(tokenize=True) adds none at inference either; the report says that plain text has one."""
+    tokenizer = make_tokenizer("chatml", adds_bos=True)
+    prepared = rows_of([make_chat(*TURNS)], tokenizer)
+    whole = tokenizer.apply_chat_template(make_chat(*TURNS)["messages"], return_dict=False)
+    assert prepared.train[0]["input_ids"] == whole[: prepared.longest]
+    assert tokenizer.bos_token_id not in prepared.train[0]["input_ids"]
+    assert prepared.report.train.num_bos_missing == 1
+
+
 def test_a_template_that_writes_bos_twice_is_repaired_and_counted(rows_of, make_tokenizer, make_chat):
     tokenizer = make_tokenizer("llama3", eos="</s>")
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template

@@ -8,6 +8,7 @@ import pytest
 from toolkit import durable
 from toolkit.data import cache
 from toolkit.data.prepare import prepare
+from toolkit.data.selection import hold_out
 from toolkit.errors import DataError
 
 INTENTS = [
@@ -73,6 +74,16 @@ def test_a_fraction_never_parts_equal_rows(prepared, write_jsonl, make_chat):
     assert len(result.evaluation) % 4 == 0
     with pytest.raises(DataError, match="at least two different rows"):
         prepared(write_jsonl([make_chat("q", "a")] * 3), eval_fraction=0.3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_fraction_leaves_training_rows_and_takes_no_group_that_is_too_large(seed):
+    assert sorted(len(part) for part in hold_out([b"a", b"b"], 0.9, seed)) == [1, 1]
+    digests = [b"large"] * 50 + [bytes([n]) for n in range(50)]
+    train, held_out = hold_out(digests, 0.2, seed)
+    assert sorted(train + held_out) == list(range(100))
+    # The first group that is drawn is taken whatever its size: otherwise nothing might be held out.
+    assert len(held_out) in (20, 50)
 
 
 def test_first_rows_and_one_locale(prepared, write_jsonl, chats):

@@ -200,7 +200,7 @@ def row_text(row: Encoded, tokenizer: Any, *, has_colour: bool, max_length: int)
         if is_cut and start == max_length:
             text.append("✂", style="red")
         if not has_colour and trained != was_trained:
-            text.append("[" if trained else "]")
+            text.append("⟦" if trained else "⟧")
         was_trained = trained
         style = TRAINED_STYLE if trained else SPECIAL_STYLE if is_special else ""
         text.append(
@@ -208,7 +208,7 @@ def row_text(row: Encoded, tokenizer: Any, *, has_colour: bool, max_length: int)
         )
         start = end
     if was_trained and not has_colour:
-        text.append("]")
+        text.append("⟧")
     return text
 
 
