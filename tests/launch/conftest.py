@@ -37,4 +37,9 @@ def probe_environment(tmp_path: Path) -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in LAUNCHER_VARIABLES and not name.startswith(("ACCELERATE_", "MELDKIT_"))
     }
-    return environ | {"PYTHONPATH": str(PROBES), "OMP_NUM_THREADS": "1", "MELDKIT_CACHE": str(tmp_path)}
+    return environ | {
+        "PYTHONPATH": str(PROBES),
+        "OMP_NUM_THREADS": "1",
+        "MELDKIT_CACHE": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+    }
