@@ -1,6 +1,5 @@
 """What the sample models and the sample data sets share: names, and folders that are whole or not there."""
 
-import argparse
 import difflib
 import hashlib
 import json
@@ -9,18 +8,24 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
 from toolkit import durable
+from toolkit.config.load import Loaded, load
 from toolkit.config.names import did_you_mean
+from toolkit.config.options import Options
 from toolkit.errors import CheckpointError, ConfigError, InputError, RunDirectoryError
 from toolkit.wheels import Announce, cache_folder, silent
+
+OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str) -> InputError:
     """Return the error for a name that is not in the collection; it shows the nearest names that are."""
+    if name.startswith("-"):
+        return InputError(f"the name of a {kind} comes first, then {name}", hint=hint)
     meant = did_you_mean(name, sorted(known))
     if not meant:
         beginnings = {candidate[: len(name) + 1].lower(): candidate for candidate in sorted(known)}
@@ -29,21 +34,19 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str) -> In
     return InputError(f"there is no {kind} named {name!r}{meant}", hint=hint)
 
 
-def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse ``argv``; an option that does not exist is an error with the nearest one that does.
+def read_options(config_class: type[OptionsT], argv: Sequence[str]) -> Loaded[OptionsT]:
+    """Read the options that follow the NAME of a sample.
 
     Raises:
-        ConfigError: unknown options, all of them.
+        ConfigError: all problems; also a flag that only training has, which would otherwise do nothing here.
     """
-    arguments, unknown = parser.parse_known_args(argv)
-    flags = [action.option_strings[0] for action in parser._actions if len(action.option_strings) > 0]
-    options = [word.split("=")[0] for word in unknown if word.startswith("-")]
-    problems = [f"unknown option {option}{did_you_mean(option, flags)}" for option in options]
-    # A word after an unknown option is its value: one problem, not two.
-    problems = problems or [f"unexpected argument {word!r}" for word in unknown]
+    loaded = load(config_class, list(argv))
+    flags = {"--dry-run": loaded.request.dry_run, "--print-config": loaded.request.print_config}
+    flags["--save-config"] = loaded.request.save_config is not None
+    problems = [f"{flag} is a flag of meldkit train" for flag, is_given in flags.items() if is_given]
     if problems:
-        raise ConfigError(problems, hint=f"{parser.prog} --help lists the options")
-    return arguments
+        raise ConfigError(problems)
+    return loaded
 
 
 def make_folder(

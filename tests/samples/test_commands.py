@@ -63,15 +63,19 @@ def test_all_locales(tmp_path, capsys):
     ("command", "argv", "message"),
     [
         (models, ["tiny-lama"], "did you mean 'tiny-llama'"),
-        (models, ["tiny-llama", "--oot", "x"], "unknown option --oot; did you mean '--out'"),
+        (models, ["tiny-llama", "--oot", "x"], "--oot: unknown option; did you mean '--out'"),
         (samples, ["intents", "--locales", "sq"], "did you mean 'sq-AL'"),
         (samples, ["intents", "--locales", "xx-XX"], "no locale named 'xx-XX'"),
         (samples, ["intents", "--local", "x"], "did you mean '--locales'"),
+        (samples, ["intents", "--languages", "en"], "--languages belongs to conversations"),
+        (samples, ["conversations", "--locales", "en-US"], "--locales belongs to intents"),
+        (samples, ["intents", "--dry-run"], "--dry-run is a flag of meldkit train"),
+        (models, ["--seed", "3"], "the name of a sample model comes first"),
         (samples, ["conversation"], "did you mean 'conversations'"),
         (samples, ["conversations", "--languages", "tlh"], "no language of conversations named 'tlh'"),
         (samples, ["conversations", "--source", "intent"], "did you mean 'intents'"),
-        (samples, ["intents", "--rows-per-intent", "2"], "cannot fill three partitions"),
-        (samples, ["intents", "extra"], "unexpected argument 'extra'"),
+        (samples, ["intents", "--rows-per-intent", "2"], "it must be at least 3"),
+        (samples, ["intents", "extra"], "'extra': an option begins with --"),
     ],
 )
 def test_wrong_input_is_one_message_with_the_nearest_name(command, argv, message, tmp_path):

@@ -1,82 +1,87 @@
 """``meldkit data samples``: list the sample data sets, write one as a folder."""
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
 
 from toolkit import collection, wheels
+from toolkit.config.option_help import options_help
+from toolkit.config.options import Options
 from toolkit.data.samples import conversations
 from toolkit.data.samples.catalog import DATA, make
-from toolkit.data.samples.locales import DEFAULT_LOCALES, LOCALES, parse_locales
+from toolkit.data.samples.locales import DEFAULT_LOCALES, LOCALES
+from toolkit.errors import ConfigError
+
+HELP_FLAGS = {"-h", "--help", "help"}
+
+
+class SamplesConfig(Options):
+    """Write a sample data set as a folder of JSON lines. Without NAME: list the data sets."""
+
+    out: Path | None = None
+    """Folder to write. Default: data/NAME in $MELDKIT_CACHE or ~/.cache/meldkit."""
+
+    rows_per_intent: int | None = Field(None, ge=3)
+    """Rows of an intent and language, all partitions together. Default: intents 200, conversations 60."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of everything that is drawn."""
+
+    locales: list[str] = Field(default_factory=lambda: list(DEFAULT_LOCALES))
+    """For intents: locales in MASSIVE's codes (en-US,sq-AL), or all."""
+
+    languages: list[str] = Field(default_factory=lambda: ["en"])
+    """For conversations: language codes (en,fr), or all."""
+
+    source: Literal["chatterbot", "intents", "both"] = "both"
+    """For conversations: small talk and facts, requests to a smart home, or both."""
+
+
+OPTIONS_OF_ONE = {"locales": "intents", "languages": "conversations", "source": "conversations"}
+"""Options that only one of the data sets has."""
 
 
 def samples(argv: Sequence[str]) -> int:
     """Run ``meldkit data samples [NAME] [--out DIR] ...`` and return the exit status."""
-    parser = _parser()
-    arguments = collection.read_arguments(parser, argv)
-    if arguments.name is None:
-        if argv:
-            parser.error("the options need the NAME of a data set")
+    if HELP_FLAGS & set(argv):
+        sys.stdout.write(
+            options_help("meldkit data samples [NAME] [--OPTION VALUE ...]", SamplesConfig) + "\n"
+        )
+        return 0
+    if not argv:
         sys.stdout.write(listing())
         return 0
-    name = arguments.name
+    name, *rest = argv
     if name not in DATA:
         raise collection.unknown_name("sample data set", name, DATA, hint="meldkit data samples lists them")
-    if name == "intents" and (arguments.languages or arguments.source):
-        parser.error("--languages and --source belong to conversations; intents has --locales")
-    if name == "conversations" and arguments.locales:
-        parser.error("--locales belongs to intents; conversations has --languages")
+    loaded = collection.read_options(SamplesConfig, rest)
+    misplaced = [
+        f"--{option} belongs to {owner}"
+        for option, owner in OPTIONS_OF_ONE.items()
+        if owner != name and loaded.provenance[option] != "default"
+    ]
+    if misplaced:
+        raise ConfigError(misplaced)
+    config = loaded.config
     began = time.monotonic()
     folder = make(
         name,
-        arguments.out or wheels.cache_folder() / "data" / name,
-        locales=parse_locales(arguments.locales) if arguments.locales else None,
-        languages=_languages(arguments.languages) if arguments.languages else None,
-        source=arguments.source or "both",
-        rows_per_intent=arguments.rows_per_intent,
-        seed=arguments.seed,
+        config.out or wheels.cache_folder() / "data" / name,
+        locales=sorted(LOCALES) if config.locales == ["all"] else config.locales,
+        languages=conversations.languages() if config.languages == ["all"] else config.languages,
+        source=config.source,
+        rows_per_intent=config.rows_per_intent,
+        seed=config.seed,
         announce=_tell,
     )
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     _tell(f"{name}: {num_bytes / 1e6:.1f} MB, {time.monotonic() - began:.1f} s")
     sys.stdout.write(f"{folder}\n")
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        prog="meldkit data samples",
-        description="Write a sample data set as a folder of JSON lines. Without NAME: list them.",
-    )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="the data set; see the list")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder to write. Default: data/NAME in the cache"
-    )
-    parser.add_argument(
-        "--rows-per-intent",
-        "--rows_per_intent",
-        type=int,
-        metavar="N",
-        help="rows of an intent and language, all partitions together (intents 200, conversations 60)",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of everything that is drawn (0)")
-    parser.add_argument(
-        "--locales", metavar="A,B", help=f"intents: all, or some locales ({','.join(DEFAULT_LOCALES)})"
-    )
-    parser.add_argument("--languages", metavar="A,B", help="conversations: all, or some language codes (en)")
-    parser.add_argument(
-        "--source", metavar="SOURCE", help="conversations: chatterbot, intents or both (both)"
-    )
-    return parser
-
-
-def _languages(text: str) -> list[str]:
-    if text.strip().lower() == "all":
-        return list(conversations.languages())
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def listing() -> str:

@@ -1,7 +1,5 @@
 """The locales of the intent data, in MASSIVE's codes where it has them, and the templates behind them."""
 
-from toolkit import collection
-
 HOME_ASSISTANT = {
     "af-ZA": "af",
     "ar-SA": "ar",
@@ -86,19 +84,3 @@ DECIMAL_POINT = frozenset([
 ])
 # fmt: on
 """Languages that write 21.5; the others write 21,5."""
-
-
-def parse_locales(text: str) -> tuple[str, ...]:
-    """Return the locales that ``all`` or ``en-US,fr-FR`` names, sorted and each once.
-
-    Raises:
-        InputError: one of them is not in the collection.
-    """
-    if text.strip().lower() == "all":
-        return tuple(sorted(LOCALES))
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names or [text]:
-        if name not in LOCALES:
-            hint = f"--locales all, or some of: {', '.join(sorted(LOCALES))}"
-            raise collection.unknown_name("locale", name, LOCALES, hint=hint)
-    return tuple(sorted(set(names)))

