@@ -145,7 +145,7 @@ def test_bos_once_where_template_and_tokenizer_both_write_it(rows_of, make_token
 
 
 def test_a_conversation_gets_no_bos_that_its_template_does_not_write(rows_of, make_tokenizer, make_chat):
-    """apply_chat_template(tokenize=True) adds none at inference either; the report says that plain text has one."""
+    """apply_chat_template adds none at inference either; the report says that plain text has one."""
     tokenizer = make_tokenizer("chatml", adds_bos=True)
     prepared = rows_of([make_chat(*TURNS)], tokenizer)
     whole = tokenizer.apply_chat_template(make_chat(*TURNS)["messages"], return_dict=False)
