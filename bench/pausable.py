@@ -100,8 +100,17 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure_one(arguments.one[0], int(arguments.one[1]))))
         return
-    report: dict = {"command": "python bench/pausable.py", "torch": torch.__version__, "cpu_count": os.cpu_count()}
-    report |= {"machine": platform.machine(), "participants": NUM_PARTICIPANTS, "steps": NUM_STEPS, "sizes": {}}
+    report: dict = {
+        "command": "python bench/pausable.py",
+        "torch": torch.__version__,
+        "cpu_count": os.cpu_count(),
+    }
+    report |= {
+        "machine": platform.machine(),
+        "participants": NUM_PARTICIPANTS,
+        "steps": NUM_STEPS,
+        "sizes": {},
+    }
     for size in (0, 384):
         runs: dict[str, list] = {"greenlet": [], "thread": []}
         for repeat in range(REPEATS):
@@ -109,11 +118,14 @@ def main() -> None:
             for kind in order:
                 command = [sys.executable, __file__, "--one", kind, str(size)]
                 runs[kind].append(json.loads(subprocess.check_output(command)))
-        assert len({run["checksum"] for kind in runs for run in runs[kind]}) == 1, "the two ways differ in bits"
+        assert len({run["checksum"] for kind in runs for run in runs[kind]}) == 1, (
+            "the two ways differ in bits"
+        )
         row: dict = {}
         for kind, measured in runs.items():
             row[kind] = {
-                name: statistics.median(run[name] for run in measured) for name in ("step_microseconds", "num_threads")
+                name: statistics.median(run[name] for run in measured)
+                for name in ("step_microseconds", "num_threads")
             }
         pairs = zip(runs["thread"], runs["greenlet"], strict=True)
         row["thread_over_greenlet"] = statistics.median(

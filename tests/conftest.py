@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes on two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-WORDS = "red rose wine sea sky blue leaf grass green sun moon star".split()
+WORDS = ["red", "rose", "wine", "sea", "sky", "blue", "leaf", "grass", "green", "sun", "moon", "star"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -57,7 +57,9 @@ def chat_data(tmp_path_factory) -> dict[str, Path]:
 def meldkit():
     """Run the command line in a process of its own: meldkit("train", …) → CompletedProcess with text output."""
 
-    def run(*arguments: object, timeout_seconds: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, timeout_seconds: float = 300, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "toolkit", *map(str, arguments)]
         return subprocess.run(
             command,

@@ -41,7 +41,7 @@ def recipe_run(monkeypatch):
             calls.append((config, plan))
             return action(config, plan)
 
-        module.run = run  # type: ignore[attr-defined]
+        module.run = run
         monkeypatch.setitem(sys.modules, "toolkit.rounds.centralized", module)
         monkeypatch.setattr("os.environ", dict(os.environ))
         return calls

@@ -64,7 +64,7 @@ def test_a_conflict_with_an_option_that_is_wrong_itself_is_not_reported(problems
 
 def test_a_configuration_built_in_python_obeys_the_same_rules():
     with pytest.raises(ValueError, match="length_grouping does nothing with packing"):
-        CentralizedConfig(model="m", data="d", output_dir="o", packing=True, length_grouping=True)  # type: ignore[arg-type]
+        CentralizedConfig(model="m", data="d", output_dir="o", packing=True, length_grouping=True)
 
 
 def test_the_place_of_a_conflict_is_its_line(tmp_path):

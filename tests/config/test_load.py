@@ -173,8 +173,8 @@ def test_a_misspelt_name_is_not_reported_as_missing_too(tmp_path, monkeypatch):
 
 
 def test_configurations_cannot_be_changed_or_extended():
-    config = CentralizedConfig(model="m", data="d", output_dir="o")  # type: ignore[arg-type]
+    config = CentralizedConfig(model="m", data="d", output_dir="o")
     with pytest.raises(ValueError, match="frozen"):
         config.model = "other"
     with pytest.raises(ValueError, match="Extra inputs"):
-        CentralizedConfig(model="m", data="d", output_dir="o", modle="x")  # type: ignore[call-arg, arg-type]
+        CentralizedConfig(model="m", data="d", output_dir="o", modle="x")

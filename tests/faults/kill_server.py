@@ -9,7 +9,9 @@ directory or after S seconds; further children resume it until it is done (each 
 results, one a line of JSON: exit statuses and what the run left. Forking spares the six seconds of imports a run.
 """
 
+import contextlib
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -54,10 +56,8 @@ def run_child(argv: list[str], output_dir: str, log: Path, kill: dict) -> int:
             os._exit(status)
     if "seconds" in kill:
         time.sleep(kill["seconds"])
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(child, kill.get("signal", signal.SIGKILL))
-        except ProcessLookupError:
-            pass
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
 
@@ -65,7 +65,9 @@ def run_child(argv: list[str], output_dir: str, log: Path, kill: dict) -> int:
 def outcome(output_dir: Path) -> dict:
     """What must not depend on kills: weights, losses, order of rows, counts, evaluations."""
     final = output_dir / "final_model"
-    weights = next(p for p in (final / "adapter_model.safetensors", final / "model.safetensors") if p.exists())
+    weights = next(
+        p for p in (final / "adapter_model.safetensors", final / "model.safetensors") if p.exists()
+    )
     history = json.loads((output_dir / "training_history.json").read_text())
     steps = [
         [row[key] for key in ("step", "loss", "learning_rate", "grad_norm", "total_tokens", "batch_digest")]
@@ -85,8 +87,8 @@ def outcome(output_dir: Path) -> dict:
 
 def main() -> None:
     tasks = json.loads(Path(sys.argv[1]).read_text())
-    import toolkit.rounds.centralized  # noqa: F401  (paid once)
-    import toolkit.training.hf  # noqa: F401
+    for module in ("toolkit.rounds.centralized", "toolkit.training.hf"):  # paid once
+        importlib.import_module(module)
 
     argv, output_dir = tasks["argv"], Path(tasks["output_dir"])
     log = output_dir.with_suffix(".log")

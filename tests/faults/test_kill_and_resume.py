@@ -20,15 +20,35 @@ def run_kills(tmp_path_factory, tiny_model, chat_data):
     def run(kills: list[dict], *options: str) -> list[dict]:
         folder = tmp_path_factory.mktemp("kills")
         argv = ["--model", tiny_model, "--data", chat_data["train"], "--eval-data", chat_data["valid"]]
-        argv += ["--output-dir", folder / "run", "--max-length", "160", "--max-epochs", "2", "--batch-size", "2"]
-        argv += ["--gradient-accumulation-steps", "2", "--lora-dropout", "0.1", "--learning-rate", "1e-2", "--cpu"]
+        argv += [
+            "--output-dir",
+            folder / "run",
+            "--max-length",
+            "160",
+            "--max-epochs",
+            "2",
+            "--batch-size",
+            "2",
+        ]
+        argv += [
+            "--gradient-accumulation-steps",
+            "2",
+            "--lora-dropout",
+            "0.1",
+            "--learning-rate",
+            "1e-2",
+            "--cpu",
+        ]
         argv += ["--checkpoint-every", "2", "--eval-every", "3", *options]
         tasks = {"argv": list(map(str, argv)), "output_dir": str(folder / "run"), "kills": kills}
         tasks["out"] = str(folder / "results.jsonl")
         (folder / "tasks.json").write_text(json.dumps(tasks))
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run(
-            [sys.executable, str(SERVER), str(folder / "tasks.json")], env=environment, check=True, timeout=3000
+            [sys.executable, str(SERVER), str(folder / "tasks.json")],
+            env=environment,
+            check=True,
+            timeout=3000,
         )
         return [json.loads(line) for line in Path(tasks["out"]).read_text().splitlines()]
 
@@ -58,7 +78,10 @@ def test_ten_random_instants(run_kills):
     counted = count_events(run_kills)
     generator = random.Random(20261122)
     kills = [{"event": generator.randint(1, counted)} for _ in range(7)]
-    kills += [{"event": generator.randint(1, counted), "again": generator.randint(1, counted // 3)} for _ in range(3)]
+    kills += [
+        {"event": generator.randint(1, counted), "again": generator.randint(1, counted // 3)}
+        for _ in range(3)
+    ]
     results = run_kills(kills)
     check_equal(results)
     assert all(result["statuses"][0] == -9 for result in results[1:])
@@ -72,7 +95,9 @@ def test_every_file_operation(run_kills):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("--length-grouping",), ("--packing",), ("--finetuning", "full"), ("--use-dora",)])
+@pytest.mark.parametrize(
+    "options", [("--length-grouping",), ("--packing",), ("--finetuning", "full"), ("--use-dora",)]
+)
 def test_random_times(run_kills, options):
     generator = random.Random(7)
     check_equal_count = run_kills([{"seconds": generator.uniform(0.3, 3.0)} for _ in range(5)], *options)

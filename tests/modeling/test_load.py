@@ -36,7 +36,9 @@ def test_attention_implementation(config):
 
 def test_max_length_over_the_positions(config):
     positions = load_model_config(config()).max_position_embeddings
-    with pytest.raises(ModelError, match=f"{positions + 1} is longer than .* can read \\({positions} positions\\)"):
+    with pytest.raises(
+        ModelError, match=f"{positions + 1} is longer than .* can read \\({positions} positions\\)"
+    ):
         load_model_config(config(max_length=positions + 1))
     load_model_config(config(max_length=positions))
 

@@ -39,7 +39,9 @@ def test_a_shard_index_may_not_leave_the_folder(folder, shard):
 
 
 def test_incomplete_and_foreign_folders(folder):
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "gone.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"w": "gone.safetensors"}})
+    )
     with pytest.raises(ModelError, match=r"gone\.safetensors is missing"):
         find_model(str(folder))
     (folder / "model.safetensors.index.json").unlink()

@@ -35,7 +35,11 @@ def test_everything_that_a_run_leaves(train, history):
     recorded = history(run.folder)
     assert [row["step"] for row in recorded["steps"]] == list(range(1, 13))
     assert recorded["steps"][-1]["loss"] < recorded["steps"][0]["loss"]
-    assert [(e["step"], e["phase"]) for e in recorded["evaluations"]] == [(0, "before"), (6, "during"), (12, "after")]
+    assert [(e["step"], e["phase"]) for e in recorded["evaluations"]] == [
+        (0, "before"),
+        (6, "during"),
+        (12, "after"),
+    ]
     before, _, after = (e["metrics"]["loss"] for e in recorded["evaluations"])
     assert after < before
     assert events(run.folder)[0:2] == ["created", "started"]
@@ -44,7 +48,14 @@ def test_everything_that_a_run_leaves(train, history):
     environment = json.loads((run.folder / "environment.json").read_text())
     assert environment["num_processes"] == 1
     assert environment["plan"]["device"] == "cpu"
-    for text in ("Training samples", "24", "Effective batch size", "Model saved to", "eval_loss", "train 1 red"):
+    for text in (
+        "Training samples",
+        "24",
+        "Effective batch size",
+        "Model saved to",
+        "eval_loss",
+        "train 1 red",
+    ):
         assert text in run.out
     assert "Held-out loss" in run.out
 
@@ -64,7 +75,13 @@ def test_the_adapter_that_was_saved_is_the_one_that_was_measured(train, history,
     for line in chat_data["valid"].read_text().splitlines():
         messages = json.loads(line)["messages"]
         prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
-        ids = torch.tensor([tokenizer(prompt + messages[1]["content"] + tokenizer.eos_token, add_special_tokens=False).input_ids])
+        ids = torch.tensor(
+            [
+                tokenizer(
+                    prompt + messages[1]["content"] + tokenizer.eos_token, add_special_tokens=False
+                ).input_ids
+            ]
+        )
         start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
         with torch.no_grad():
             logits = adapted(input_ids=ids).logits
@@ -91,7 +108,9 @@ def test_the_saved_configuration_reproduces_the_run(train, tmp_path, history):
     second = train("--config", config, defaults=False, output_dir=tmp_path / "again")
     assert second.status == 0, second.err
     for name in ("loss", "batch_digest", "grad_norm"):
-        assert [s[name] for s in history(first.folder)["steps"]] == [s[name] for s in history(second.folder)["steps"]]
+        assert [s[name] for s in history(first.folder)["steps"]] == [
+            s[name] for s in history(second.folder)["steps"]
+        ]
 
 
 def losses(run, history) -> list[float]:
@@ -167,7 +186,16 @@ def test_never(train, history):
 
 
 def test_held_out_share_of_the_training_data(train, tiny_model, chat_data, history):
-    options = ["--model", tiny_model, "--data", chat_data["train"], "--max-length", 160, "--eval-fraction", 0.25]
+    options = [
+        "--model",
+        tiny_model,
+        "--data",
+        chat_data["train"],
+        "--max-length",
+        160,
+        "--eval-fraction",
+        0.25,
+    ]
     run = train(*options, "--max-steps", 1, defaults=False)
     assert run.status == 0, run.err
     assert "Validation samples" in run.out
@@ -185,10 +213,26 @@ def test_classification(train, tmp_path, history, finetuning):
         writer.writerow(["text", "label"])
         for i in range(48):
             kind = i % 2
-            writer.writerow([f"{'turn on the lamp' if kind else 'what is the weather'} number {i}", ["weather", "light"][kind]])
+            writer.writerow(
+                [
+                    f"{'turn on the lamp' if kind else 'what is the weather'} number {i}",
+                    ["weather", "light"][kind],
+                ]
+            )
     options = ["--task", "sequence-classification", "--finetuning", finetuning, "--max-length", 64]
-    options += ["--eval-fraction", 0.25, "--max-epochs", 6, "--batch-size", 6, "--gradient-accumulation-steps", 1]
-    run = train("--model", model, "--data", tmp_path / "rows.csv", *options, "--learning-rate", "5e-3", defaults=False)
+    options += [
+        "--eval-fraction",
+        0.25,
+        "--max-epochs",
+        6,
+        "--batch-size",
+        6,
+        "--gradient-accumulation-steps",
+        1,
+    ]
+    run = train(
+        "--model", model, "--data", tmp_path / "rows.csv", *options, "--learning-rate", "5e-3", defaults=False
+    )
     assert run.status == 0, run.err
     evaluations = history(run.folder)["evaluations"]
     assert evaluations[-1]["metrics"]["accuracy"] > 0.9

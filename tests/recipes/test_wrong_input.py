@@ -42,7 +42,10 @@ def test_missing_file(refused, tmp_path, tiny_model):
         ("", "empty"),
         ('{"text": "a"}\n{"text": "b"}\n{"text": \n', "3"),
         ('{"alpha": "a", "beta": "b"}\n', "alpha"),
-        ('{"messages": [{"role": "user", "content": "only a question"}]}\n', "none of the 1 train rows is left"),
+        (
+            '{"messages": [{"role": "user", "content": "only a question"}]}\n',
+            "none of the 1 train rows is left",
+        ),
     ],
     ids=["empty file", "broken line", "unknown format", "no answers"],
 )

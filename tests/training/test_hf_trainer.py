@@ -36,7 +36,9 @@ def test_pausing_after_every_step_changes_nothing(solo, build, make_model, make_
     part.trainer.start()
     while part.trainer.step < part.trainer.num_steps:
         part.trainer.fit(part.trainer.step + 1)
-        torch.manual_seed(part.trainer.step)  # what else happens in the process must not reach the participant
+        torch.manual_seed(
+            part.trainer.step
+        )  # what else happens in the process must not reach the participant
     assert part.trainer.num_steps == 15
     assert same(whole.trainer.state(), part.trainer.state())
     assert [s.loss for s in whole.steps] == [s.loss for s in part.steps]
@@ -106,7 +108,9 @@ def test_a_cold_start_is_not_a_resume(solo, build, make_model, make_config):
     assert not same(whole.trainer.state(), part.trainer.state())
 
 
-def test_evaluation_changes_nothing_and_does_not_depend_on_the_batch_size(solo, build, make_model, make_config, make_rows):
+def test_evaluation_changes_nothing_and_does_not_depend_on_the_batch_size(
+    solo, build, make_model, make_config, make_rows
+):
     whole = solo()
     losses = []
     for batch_size in (1, 3, 8):

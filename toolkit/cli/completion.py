@@ -31,21 +31,26 @@ def parser() -> argparse.ArgumentParser:
     for name, text in DATA_COMMANDS.items():
         _add_file(data.add_parser(name, help=text))
     models = commands.add_parser("models", help=COMMANDS["models"])
-    models.add_argument("--out", help="Folder of the model.").complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+    _completed(models.add_argument("--out", help="Folder of the model."), shtab.DIRECTORY)
     completion = commands.add_parser("completion", help=COMMANDS["completion"])
     completion.add_argument("shell", choices=list(SHELLS))
     return top
 
 
+def _completed(action: argparse.Action, how: object) -> None:
+    """Say with what an argument's value is completed: shtab reads an attribute that argparse does not declare."""
+    vars(action)["complete"] = how
+
+
 def _add_file(command: argparse.ArgumentParser) -> None:
-    command.add_argument("file", nargs="*").complete = shtab.FILE  # type: ignore[attr-defined]
+    _completed(command.add_argument("file", nargs="*"), shtab.FILE)
 
 
 def _add_recipe(recipe: argparse.ArgumentParser, config_class: type[Options]) -> None:
     for option in options_of(config_class).values():
         _add_option(recipe, option)
     for flag in ("--config", "--config-file", "--save-config"):
-        recipe.add_argument(flag, nargs="?", help=_one_line("A YAML or JSON file.")).complete = shtab.FILE  # type: ignore[attr-defined]
+        _completed(recipe.add_argument(flag, nargs="?", help=_one_line("A YAML or JSON file.")), shtab.FILE)
     for flag in ("--dry-run", "--print-config", "--debug"):
         recipe.add_argument(flag, action="store_true")
 
@@ -58,9 +63,9 @@ def _add_option(recipe: argparse.ArgumentParser, option: Option) -> None:
     choices = list(option.choices) if option.choices else None
     action = recipe.add_argument(option.flag, choices=choices, help=text)
     if option.name == "output_dir" or option.name.endswith("_cache"):
-        action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+        _completed(action, shtab.DIRECTORY)
     elif option.kind == "path" or option.name in SOURCE_OPTIONS:
-        action.complete = shtab.FILE  # type: ignore[attr-defined]
+        _completed(action, shtab.FILE)
 
 
 def _one_line(text: str) -> str:

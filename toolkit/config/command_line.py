@@ -97,7 +97,7 @@ class _Splitter:
             else:
                 self._stray(word)
         config_file = self.request.pop("config", None)
-        self.out.request = Request(config_file=config_file, **self.request)  # type: ignore[arg-type]
+        self.out.request = Request(config_file=config_file, **self.request)  # type: ignore[arg-type]  # the keys are those of Request
         return self.out
 
     def _flag(self, flag: str, value: str | None) -> None:

@@ -28,7 +28,9 @@ def answer(
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = {name: tensor.to(device) for name, tensor in inputs.items() if name in ("input_ids", "attention_mask")}
+    inputs = {
+        name: tensor.to(device) for name, tensor in inputs.items() if name in ("input_ids", "attention_mask")
+    }
     was_training = model.training
     model.eval()
     try:
@@ -46,4 +48,3 @@ def answer(
     finally:
         model.train(was_training)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-

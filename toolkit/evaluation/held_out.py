@@ -53,7 +53,7 @@ def evaluate_held_out(
 
 
 def _batches(rows: Any, batch_size: int, accelerator: Any):
-    """Row numbers of this process, batch by batch; every process has the same number of batches (None: an empty one)."""
+    """Row numbers of this process, batch by batch; each process has the same number of batches, some perhaps empty."""
     rank, world = accelerator.process_index, accelerator.num_processes
     own = list(range(rank, len(rows), world))
     for start in range(0, math.ceil(len(rows) / world), batch_size):
@@ -67,7 +67,9 @@ def _language_model(
     for numbers in _batches(rows, batch_size, accelerator):
         batch = collator([rows[i] for i in numbers] or [rows[0]])
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        if not numbers:  # ZeRO-3 gathers weights in the forward pass: all processes must make it equally often
+        if (
+            not numbers
+        ):  # ZeRO-3 gathers weights in the forward pass: all processes must make it equally often
             batch["labels"] = torch.full_like(batch["labels"], LABEL_IGNORED)
         num_tokens = (batch["labels"][:, 1:] != LABEL_IGNORED).sum()
         if accepts_num_items:  # divided by one item, the model's mean over tokens is their sum

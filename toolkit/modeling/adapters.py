@@ -57,7 +57,9 @@ def _check_targets(model: Any, targets: str | list[str]) -> None:
         try:
             unmatched = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
         except re.error as error:
-            raise ModelError(f"--lora-target-modules {targets!r} is not a regular expression: {error}") from error
+            raise ModelError(
+                f"--lora-target-modules {targets!r} is not a regular expression: {error}"
+            ) from error
     else:
         unmatched = [w for w in wanted if not any(name == w or name.endswith(f".{w}") for name in names)]
     if unmatched:

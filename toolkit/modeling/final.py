@@ -24,7 +24,9 @@ Trained with meldkit, recipe `{recipe}`.
 """
 
 
-def write_card(folder: Path, *, recipe: str, base: str, is_adapter: bool, rows: list[tuple[str, str]]) -> None:
+def write_card(
+    folder: Path, *, recipe: str, base: str, is_adapter: bool, rows: list[tuple[str, str]]
+) -> None:
     """Write the model card (README.md) of a final model."""
     source = find_model(base)
     name = Path(source.name).name if source.is_local else base
@@ -39,7 +41,9 @@ def write_card(folder: Path, *, recipe: str, base: str, is_adapter: bool, rows: 
 
 
 @torch.no_grad()
-def merge_adapter(config: Any, plan: Any, adapter_folder: Path, folder: Path, tokenizer: Any, **labels: Any) -> float:
+def merge_adapter(
+    config: Any, plan: Any, adapter_folder: Path, folder: Path, tokenizer: Any, **labels: Any
+) -> float:
     """Merge the adapter into its base in the base's own precision and save an ordinary model.
 
     With a 4- or 8-bit base the adapter is merged into the unquantized weights.

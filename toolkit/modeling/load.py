@@ -1,5 +1,6 @@
 """Load a base model and its tokenizer."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def load_tokenizer(config: Any) -> Any:
         try:
             tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
         except OSError as error:
-            raise ModelError(f"chat template {config.chat_template} cannot be read: {error.strerror}") from error
+            raise ModelError(
+                f"chat template {config.chat_template} cannot be read: {error.strerror}"
+            ) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"the tokenizer of {source.name} has neither a pad nor an end-of-sequence token")
@@ -49,7 +52,11 @@ def load_model_config(config: Any) -> Any:
     source = find_model(config.model)
     model_config = _from_pretrained(AutoConfig, source, config)
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and getattr(model_config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
+    if positions is not None and getattr(model_config, "model_type", "") in (
+        "roberta",
+        "xlm-roberta",
+        "camembert",
+    ):
         positions -= model_config.pad_token_id + 1  # these count positions from behind the pad token
     if positions is not None and config.max_length > positions:
         raise ModelError(
@@ -108,11 +115,9 @@ def quantization_config(config: Any, plan: Any) -> BitsAndBytesConfig | None:
     """bitsandbytes' settings for ``--load-in-4bit`` and ``--load-in-8bit``; None without them."""
     if not (config.load_in_4bit or config.load_in_8bit):
         return None
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
+    if importlib.util.find_spec("bitsandbytes") is None:
         option = "--load-in-4bit" if config.load_in_4bit else "--load-in-8bit"
-        raise MissingDependencyError("bitsandbytes", purpose=option) from error
+        raise MissingDependencyError("bitsandbytes", purpose=option)
     if config.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.mixed_precision, torch.float32)
@@ -139,7 +144,7 @@ def _keep_cpu_weights_unpacked(model: torch.nn.Module) -> None:
     gradients from them; the flag is what its layer reads to decide."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def _from_pretrained(auto_class: Any, source: ModelSource, options: Any, **keywords: Any) -> Any:

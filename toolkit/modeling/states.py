@@ -23,7 +23,9 @@ def trained_state(model: torch.nn.Module, adapter: str | None) -> dict[str, torc
 
 
 @torch.no_grad()
-def load_trained_state(model: torch.nn.Module, adapter: str | None, state: Mapping[str, torch.Tensor]) -> None:
+def load_trained_state(
+    model: torch.nn.Module, adapter: str | None, state: Mapping[str, torch.Tensor]
+) -> None:
     """Copy ``state`` into the trained tensors, in place: optimizers keep their references.
 
     Raises:

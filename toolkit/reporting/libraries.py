@@ -27,5 +27,9 @@ def quiet_libraries(log_level: str) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for name, level in _TALKATIVE.items():
         logging.getLogger(name).setLevel(level)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate|torch)\b")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(transformers|trl|peft|accelerate|torch)\b")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate|torch)\b"
+    )
+    warnings.filterwarnings(
+        "ignore", category=DeprecationWarning, module=r"(transformers|trl|peft|accelerate|torch)\b"
+    )

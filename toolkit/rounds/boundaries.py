@@ -10,7 +10,9 @@ class Boundaries:
         eval_every, checkpoint_every: ``epoch``, ``never`` or a number of steps as text.
     """
 
-    def __init__(self, num_steps: int, num_steps_per_epoch: int, *, eval_every: str, checkpoint_every: str) -> None:
+    def __init__(
+        self, num_steps: int, num_steps_per_epoch: int, *, eval_every: str, checkpoint_every: str
+    ) -> None:
         self._num_steps = num_steps
         self._eval_period = _period(eval_every, num_steps_per_epoch)
         self._checkpoint_period = _period(checkpoint_every, num_steps_per_epoch)
@@ -29,7 +31,11 @@ class Boundaries:
 
     def checkpoint_at(self, step: int) -> bool:
         """Whether a checkpoint is due after ``step``; the one after the last step is not among these."""
-        return step < self._num_steps and self._checkpoint_period is not None and step % self._checkpoint_period == 0
+        return (
+            step < self._num_steps
+            and self._checkpoint_period is not None
+            and step % self._checkpoint_period == 0
+        )
 
 
 def _period(every: str, num_steps_per_epoch: int) -> int | None:

@@ -77,7 +77,11 @@ class CentralizedRun:
         self.directory = directory
         self.processes = processes
         self.store = CheckpointStore(
-            directory.path, PARTICIPANT, directory.journal, keep=config.keep_checkpoints, process_state=processes
+            directory.path,
+            PARTICIPANT,
+            directory.journal,
+            keep=config.keep_checkpoints,
+            process_state=processes,
         )
         self.listener: Any = listeners.Listeners()
         self.trainer: Any = None
@@ -255,14 +259,19 @@ class CentralizedRun:
     def _commit(self) -> None:
         self.listener.flush()
         folder = self.store.commit(self.trainer)
-        self.listener.handle(CheckpointRecord(participant=PARTICIPANT, step=self.trainer.step, path=str(folder)))
+        self.listener.handle(
+            CheckpointRecord(participant=PARTICIPANT, step=self.trainer.step, path=str(folder))
+        )
 
     def _answer_samples(self, tokenizer: Any, phase: Any) -> None:
         config = self.config
         if not config.sample_prompts or config.task != "causal-lm" or not self.processes.is_main_process:
             return
         if self.plan.zero_stage == 3:
-            self._say("warning", "sample prompts are not answered under ZeRO-3, where no process has the whole model")
+            self._say(
+                "warning",
+                "sample prompts are not answered under ZeRO-3, where no process has the whole model",
+            )
             return
         for prompt in config.sample_prompts:
             text = answer(
@@ -274,7 +283,9 @@ class CentralizedRun:
                 device=self.trainer.accelerator.device,
             )
             self.directory.journal.append("sample", phase=phase, prompt=prompt, answer=text)
-            self.listener.handle(SampleRecord(participant=PARTICIPANT, phase=phase, prompt=prompt, answer=text))
+            self.listener.handle(
+                SampleRecord(participant=PARTICIPANT, phase=phase, prompt=prompt, answer=text)
+            )
 
     # The end
 
@@ -338,7 +349,10 @@ class CentralizedRun:
 
     def _announce_stop(self, name: str) -> None:
         if self.processes.is_main_process:
-            self._say("warning", f"{name}: finishing this step and committing a checkpoint; once more leaves at once")
+            self._say(
+                "warning",
+                f"{name}: finishing this step and committing a checkpoint; once more leaves at once",
+            )
 
     def _resume_command(self) -> str:
         return f"meldkit train {RECIPE} --config {self.directory.path / CONFIG_NAME} --resume"

@@ -33,7 +33,9 @@ class CheckpointStore:
         process_state: accelerate's PartialState: who is the first process, and the barrier between all.
     """
 
-    def __init__(self, run_dir: Path, participant: str, journal: Journal, *, keep: int, process_state: Any) -> None:
+    def __init__(
+        self, run_dir: Path, participant: str, journal: Journal, *, keep: int, process_state: Any
+    ) -> None:
         self.folder = run_dir / participant / "checkpoints"
         # Beside the participants' folders: the Trainer makes it before the run has begun.
         self.staging = run_dir / f"{STAGING_PREFIX}{participant}"
@@ -60,7 +62,11 @@ class CheckpointStore:
                 manifest = commit_folder(staged, final, facts)
                 num_bytes = sum(file["num_bytes"] for file in manifest["files"].values())
                 self._journal.append(
-                    "checkpoint", participant=self._participant, step=trainer.step, path=final.name, num_bytes=num_bytes
+                    "checkpoint",
+                    participant=self._participant,
+                    step=trainer.step,
+                    path=final.name,
+                    num_bytes=num_bytes,
                 )
                 self._prune()
         except (OSError, RuntimeError, SafetensorError) as error:

@@ -81,9 +81,10 @@ class RunDirectory:
         """
         started = self.journal.records("started")
         for name, value in facts.items():
-            if started and started[0].get(name) != value:
+            before = started[0].get(name) if started else value
+            if before != value:
                 raise RunDirectoryError(
-                    f"{self.path}: {name.replace('_', ' ')} is {value}, the run was started with {started[0].get(name)}",
+                    f"{self.path}: {name.replace('_', ' ')} is {value}, the run was started with {before}",
                     hint="restore it, or start a new run in another --output-dir",
                 )
 
@@ -139,7 +140,9 @@ class RunDirectory:
 
     def _foreign_files(self) -> list[str]:
         names = sorted(path.name for path in self.path.iterdir())
-        return [n for n in names if n not in _BEFORE_A_RUN and not n.startswith((STAGING_PREFIX, TRASH_PREFIX))]
+        return [
+            n for n in names if n not in _BEFORE_A_RUN and not n.startswith((STAGING_PREFIX, TRASH_PREFIX))
+        ]
 
     def _create(self) -> None:
         try:

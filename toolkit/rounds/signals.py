@@ -37,6 +37,8 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.received is not None:
-            raise Interrupted(f"{name} again: left at once, from the last committed checkpoint the run can be resumed")
+            raise Interrupted(
+                f"{name} again: left at once, from the last committed checkpoint the run can be resumed"
+            )
         self.received = name
         self._on_first(name)

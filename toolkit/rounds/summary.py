@@ -18,7 +18,10 @@ def configuration_rows(config: Any, plan: Any, prepared: Any, trainer: Any) -> l
         ("Batch size", str(config.batch_size)),
         ("Effective batch size", str(effective)),
         ("Steps", f"{trainer.num_steps} ({trainer.num_steps_per_epoch} an epoch)"),
-        ("Learning rate", f"{config.learning_rate:g} ({config.lr_scheduler}, warm-up {config.warmup_ratio:g})"),
+        (
+            "Learning rate",
+            f"{config.learning_rate:g} ({config.lr_scheduler}, warm-up {config.warmup_ratio:g})",
+        ),
         ("Longest sequence", f"{config.max_length} tokens{', packed' if config.packing else ''}"),
         ("Trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"),
         ("Fine-tuning", _finetuning(config)),
@@ -71,6 +74,12 @@ def _device(plan: Any) -> str:
 
 
 def _precision(config: Any, plan: Any) -> str:
-    base = "4-bit base" if config.load_in_4bit else "8-bit base" if config.load_in_8bit else f"base {config.dtype}"
+    base = (
+        "4-bit base"
+        if config.load_in_4bit
+        else "8-bit base"
+        if config.load_in_8bit
+        else f"base {config.dtype}"
+    )
     nested = ", nested quantization" if config.load_in_4bit and config.nested_quant else ""
     return f"{base}{nested}, mixed precision {plan.mixed_precision}"

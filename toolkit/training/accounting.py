@@ -91,7 +91,9 @@ class Accounting:
         """Close an optimizer step on all processes (one small gather) and report it."""
         seconds = time.perf_counter() - self._step_began
         stop = int(self._stop_requested())
-        counts = self._gather(torch.tensor([self._tokens, self._trainable_tokens, self._digest, stop])).tolist()
+        counts = self._gather(
+            torch.tensor([self._tokens, self._trainable_tokens, self._digest, stop])
+        ).tolist()
         totals = self.totals
         num_tokens, num_trainable_tokens = sum(row[0] for row in counts), sum(row[1] for row in counts)
         totals.tokens += num_tokens

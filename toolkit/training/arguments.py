@@ -55,7 +55,11 @@ def build_arguments(config: Any, world: Mapping[str, Any], staging: Path) -> Tra
         **world,
     }
     if causal:
-        values |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, "completion_only_loss": False}
+        values |= {
+            "max_length": None,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "completion_only_loss": False,
+        }
     values |= config.trainer_args
     try:
         return arguments_class(**values)

@@ -5,10 +5,11 @@ Between two calls a trainer is paused, not torn down: optimizer, scheduler, scal
 position stay as they are. Many trainers live side by side on one base; whichever is called is the active one.
 """
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from toolkit.errors import InputError
 
@@ -164,13 +165,14 @@ class ParticipantTrainer(Protocol):
 
 
 Backend = Callable[[TrainerSetup], ParticipantTrainer]
+_B = TypeVar("_B", bound=Backend)
 _BACKENDS: dict[str, Backend] = {}
 
 
-def trainer_backend(name: str) -> Callable[[Backend], Backend]:
+def trainer_backend(name: str) -> Callable[[_B], _B]:
     """Register a backend under ``name``."""
 
-    def register(build: Backend) -> Backend:
+    def register(build: _B) -> _B:
         _BACKENDS[name] = build
         return build
 
@@ -184,7 +186,7 @@ def build_trainer(backend: str, setup: TrainerSetup) -> ParticipantTrainer:
         InputError: there is no such backend.
     """
     if backend == "hf" and backend not in _BACKENDS:
-        import toolkit.training.hf  # noqa: F401  (registers itself; imported here because it takes seconds)
+        importlib.import_module("toolkit.training.hf")  # registers itself; takes seconds
     if backend not in _BACKENDS:
         raise InputError(f"unknown trainer backend {backend!r}; there are: {', '.join(sorted(_BACKENDS))}")
     return _BACKENDS[backend](setup)

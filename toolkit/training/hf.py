@@ -30,25 +30,22 @@ POSITION_NAME = "position.json"
 """Our part of a checkpoint: where the participant stands and what it has counted."""
 
 
-class _Accounted:
+class _Accounted(Trainer):
     """Hooks of a Trainer that count its steps and decide the order of its rows."""
 
     accounting: Accounting
     order: EpochOrder
-    args: Any
-    state: Any
-    model: Any
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         return self.order
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
-        self.accounting.begin_step(batches, label_shift=int(self._loss_shifts_labels))  # type: ignore[attr-defined]
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.accounting.begin_step(batches, label_shift=int(self._loss_shifts_labels))
         return batches, num_items
 
     def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        loss = super().training_step(*arguments, **keywords)  # type: ignore[misc]
+        loss = super().training_step(*arguments, **keywords)
         self.accounting.check_loss(loss, self.state.global_step)
         return loss
 
@@ -56,11 +53,11 @@ class _Accounted:
         """The recipe writes the model's card, once, into final_model/."""
 
 
-class _LanguageModelTrainer(_Accounted, SFTTrainer):  # type: ignore[misc]
+class _LanguageModelTrainer(_Accounted, SFTTrainer):
     pass
 
 
-class _ClassifierTrainer(_Accounted, Trainer):  # type: ignore[misc]
+class _ClassifierTrainer(_Accounted, Trainer):
     pass
 
 
@@ -79,7 +76,9 @@ class _Boundary(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._owner.pause_if_due()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         state.log_history.clear()  # training_history.json is ours; this list would grow in every checkpoint
         if logs and "loss" in logs:
             self._owner.end_step(logs)
@@ -121,7 +120,7 @@ class HFTrainer:
             lengths=setup.train["length"] if config.length_grouping else None,
             rows_per_step=config.batch_size * config.gradient_accumulation_steps * arguments.world_size,
         )
-        accelerator = trainer.accelerator
+        accelerator: Any = trainer.accelerator
         trainer.accounting = Accounting(
             name=setup.name,
             on_step=setup.on_step,
@@ -146,7 +145,9 @@ class HFTrainer:
 
     @property
     def num_steps_per_epoch(self) -> int:
-        batches = math.ceil(len(self._setup.train) / (self._setup.config.batch_size * self._trainer.args.world_size))
+        batches = math.ceil(
+            len(self._setup.train) / (self._setup.config.batch_size * self._trainer.args.world_size)
+        )
         return max(1, math.ceil(batches / self._setup.config.gradient_accumulation_steps))
 
     @property
@@ -166,7 +167,10 @@ class HFTrainer:
         """Trained parameters and all parameters; 4-bit weights count as what they stand for."""
         if isinstance(self.model, PeftModel):
             return self.model.get_nb_trainable_parameters()
-        counts = [(p.ds_numel if hasattr(p, "ds_numel") else p.numel(), p.requires_grad) for p in self.model.parameters()]
+        counts = [
+            (p.ds_numel if hasattr(p, "ds_numel") else p.numel(), p.requires_grad)
+            for p in self.model.parameters()
+        ]
         return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
     # Control, called by the recipe

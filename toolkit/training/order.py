@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 GROUPED_STEPS = 50
-"""Steps whose rows are sorted together under length grouping: short enough to stay random, long enough to save padding."""
+"""Steps whose rows are sorted together under length grouping: few enough to stay random, enough to save padding."""
 
 
 class EpochOrder(Sampler[int]):
@@ -40,23 +40,24 @@ class EpochOrder(Sampler[int]):
         return self._num_rows
 
     def __iter__(self) -> Iterator[int]:
-        generator = np.random.Generator(np.random.Philox(key=np.array([self._seed, self._epoch], dtype=np.uint64)))
+        generator = np.random.Generator(
+            np.random.Philox(key=np.array([self._seed, self._epoch], dtype=np.uint64))
+        )
         order = generator.permutation(self._num_rows)
         if self._lengths is not None:
-            order = self._group(order, generator)
+            order = self._group(order, self._lengths, generator)
         return iter(order.tolist())
 
-    def _group(self, order: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        assert self._lengths is not None
+    def _group(self, order: np.ndarray, lengths: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         size = self._rows_per_step
         steps: list[np.ndarray] = []
         for start in range(0, len(order), GROUPED_STEPS * size):
             window = order[start : start + GROUPED_STEPS * size]
-            window = window[np.argsort(-self._lengths[window], kind="stable")]
+            window = window[np.argsort(-lengths[window], kind="stable")]
             steps += [window[at : at + size] for at in range(0, len(window), size)]
         # An incomplete step stays last: in the middle it would shift the borders of all later steps.
         tail = [steps.pop()] if len(steps[-1]) < size and len(steps) > 1 else []
-        longest = max(range(len(steps)), key=lambda i: int(self._lengths[steps[i]].max()))
+        longest = max(range(len(steps)), key=lambda i: int(lengths[steps[i]].max()))
         first = steps.pop(longest)
         shuffled = [steps[i] for i in generator.permutation(len(steps))]
         return np.concatenate([first, *shuffled, *tail])

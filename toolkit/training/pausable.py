@@ -38,7 +38,9 @@ class PausableCall:
     def pause(self) -> None:
         """Return to the caller of :meth:`resume`. Only from inside the call."""
         assert greenlet.getcurrent() is self._stack, "pause() belongs inside the call that is paused"
-        self._stack.parent.switch()
+        caller = self._stack.parent
+        assert caller is not None
+        caller.switch()
 
     def close(self) -> None:
         """End a paused call: its ``finally`` blocks run, the rest of it does not."""
