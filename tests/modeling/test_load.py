@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from toolkit.config.recipes import CentralizedConfig
+from toolkit.data.tokenizer import load_tokenizer
 from toolkit.errors import ModelError
 from toolkit.modeling.adapters import add_adapter
-from toolkit.modeling.load import load_base, load_model_config, load_tokenizer, quantization_config
+from toolkit.modeling.load import load_base, load_model_config, quantization_config
 
 CPU = SimpleNamespace(device="cpu", mixed_precision="no", quant_storage=None, zero_stage=None)
 

@@ -24,7 +24,7 @@ def load_tokenizer(config: Any) -> Any:
     name = config.tokenizer or config.model
     path = Path(name).expanduser()
     keywords: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if config.revision is not None:
+    if config.revision is not None and config.tokenizer is None:  # the revision is the model's
         keywords["revision"] = config.revision
     if path.suffix == ".gguf" and path.is_file():
         source, keywords["gguf_file"] = str(path.parent), path.name
@@ -47,7 +47,9 @@ def load_tokenizer(config: Any) -> Any:
         ) from error
     if config.chat_template is not None:
         tokenizer.chat_template = _template(Path(config.chat_template))
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"the tokenizer of {name} has neither a pad nor an end-of-sequence token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

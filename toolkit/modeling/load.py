@@ -1,7 +1,6 @@
-"""Load a base model and its tokenizer."""
+"""Load a base model."""
 
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,38 +8,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
 )
 
 from toolkit.errors import MissingDependencyError, ModelError
 from toolkit.modeling.source import ModelSource, find_model
-
-
-def load_tokenizer(config: Any) -> Any:
-    """The tokenizer of the base (or ``--tokenizer``), with ``--chat-template`` and a pad token in place.
-
-    Where there is no pad token the end-of-sequence token serves: prepared rows are masked by their length, so it is
-    still trained at the end of an answer.
-
-    Raises:
-        ModelError: not found, or the chat template file is missing.
-    """
-    source = find_model(config.tokenizer or config.model)
-    tokenizer = _from_pretrained(AutoTokenizer, source, config)
-    if config.chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ModelError(
-                f"chat template {config.chat_template} cannot be read: {error.strerror}"
-            ) from error
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ModelError(f"the tokenizer of {source.name} has neither a pad nor an end-of-sequence token")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_model_config(config: Any) -> Any:

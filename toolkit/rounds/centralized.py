@@ -13,13 +13,14 @@ from accelerate.utils import broadcast_object_list
 from toolkit.data.collate import Collator
 from toolkit.data.identity import rows_sha256
 from toolkit.data.prepare import Prepared, prepare
+from toolkit.data.tokenizer import load_tokenizer
 from toolkit.durable import STAGING_PREFIX, commit_folder, discard_folder
 from toolkit.errors import Interrupted, MeldkitError
 from toolkit.evaluation.answers import answer
 from toolkit.launch.plan import LaunchPlan
 from toolkit.modeling.adapters import add_adapter
 from toolkit.modeling.final import merge_adapter, write_card
-from toolkit.modeling.load import load_base, load_model_config, load_tokenizer
+from toolkit.modeling.load import load_base, load_model_config
 from toolkit.modeling.source import find_model, model_fingerprint
 from toolkit.reporting import environment, listeners, resources
 from toolkit.reporting.history import plain
@@ -39,7 +40,7 @@ from toolkit.rounds.signals import StopRequest
 from toolkit.rounds.summary import configuration_rows, result_rows
 from toolkit.training.arguments import build_arguments
 from toolkit.training.contract import ParticipantTrainer, StepStatistics, TrainerSetup, build_trainer
-from toolkit.training.world import assert_world, prepare_world, training_arguments
+from toolkit.training.world import assert_world, close_world, prepare_world, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def run(config: Any, plan: LaunchPlan) -> int:
         return CentralizedRun(config, plan, directory, processes).run()
     finally:
         directory.close()
+        close_world()
 
 
 class CentralizedRun:
@@ -85,6 +87,7 @@ class CentralizedRun:
         )
         self.listener: Any = listeners.Listeners()
         self.trainer: Any = None
+        self.num_held_out = 0
         self.stop = StopRequest(self._announce_stop)
 
     def run(self) -> int:
@@ -96,8 +99,9 @@ class CentralizedRun:
         tokenizer, prepared, facts = self._prepare_data()
         self.directory.check_facts(facts)
         checkpoint = self._find_checkpoint()
+        self.num_held_out = 0 if prepared.evaluation is None else len(prepared.evaluation)
         self.trainer = self._build_trainer(tokenizer, prepared)
-        self.directory.begin(facts, environment.describe() | {"plan": self.plan.as_dict()})
+        self.directory.begin(facts, environment.describe() | {"plan": self.plan.as_dict(), "plan_notes": list(self.plan.notes)})
         self.listener = self._listen(_step_of(checkpoint) if self.config.resume else None)
         with self.listener, contextlib.closing(self.trainer):
             try:
@@ -157,7 +161,12 @@ class CentralizedRun:
             tokenizer=tokenizer,
             train=prepared.train,
             evaluation=prepared.evaluation,
-            collator=Collator(tokenizer.pad_token_id, config.task, packing=config.packing),
+            collator=Collator(
+                tokenizer.pad_token_id,
+                config.task,
+                packing=config.packing,
+                flatten=config.packing and config.attn_implementation.startswith("flash"),
+            ),
             config=config,
             world=world,
             staging=self.store.staging,
@@ -176,8 +185,13 @@ class CentralizedRun:
         self.listener.handle(self._run_start(prepared, trainer))
         for note in self.plan.notes:
             self._say("debug", note)
-        for problem in prepared.report.problems:
+        report = prepared.report
+        for problem in report.problems:
             self._say("warning", f"data check, skipped as asked: {problem}")
+        for warning in report.warnings:
+            self._say("warning", f"data check: {warning}")
+        for note in report.notes:
+            self._say("info", f"data: {note}")
         if checkpoint is not None:
             self._say("info", f"resumed after step {trainer.step} of {trainer.num_steps}")
         boundaries = Boundaries(
@@ -237,10 +251,11 @@ class CentralizedRun:
         )
 
     def _evaluate(self, phase: Any) -> None:
+        if self.num_held_out == 0:
+            return
+        self._say("debug", f"evaluating {self.num_held_out} held-out rows")
         began = time.monotonic()
         metrics = self.trainer.evaluate()
-        if not metrics:
-            return
         step = self.trainer.step
         self.directory.journal.append(
             "evaluation", participant=PARTICIPANT, step=step, phase=phase, metrics=plain(metrics)

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM as a request: finish the step, commit a checkpoint, then leave."""
 
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 from toolkit.errors import Interrupted
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+SAME_REQUEST_SECONDS = 1.0
+"""Signals closer together are one request: a cluster may signal the launcher and its processes both."""
 
 
 class StopRequest:
@@ -21,6 +25,7 @@ class StopRequest:
         self._on_first = on_first
         self._previous: dict[signal.Signals, Any] = {}
         self.received: str | None = None
+        self._received_at = 0.0
 
     def __call__(self) -> bool:
         return self.received is not None
