@@ -64,7 +64,7 @@ class StepRecord:
     gpu: Mapping[str, float] | None = None
     """``utilization_percent``, ``power_watts``, ``memory_used_bytes``: see resources.gpu_of_run."""
     batch_digest: str = ""
-    """Short hash of the token ids of the step: equal digests mean equal batches."""
+    """CRC-32 over the token ids since the run began: equal digests mean the same rows in the same order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,10 +64,11 @@ def run(config: Any, plan: LaunchPlan) -> int:
         is_main_process=processes.is_main_process,
     )
     try:
-        return CentralizedRun(config, plan, directory, processes).run()
+        status = CentralizedRun(config, plan, directory, processes).run()
+        close_world()  # not after an error: other processes may still be in a collective
+        return status
     finally:
         directory.close()
-        close_world()
 
 
 class CentralizedRun:
@@ -101,7 +102,9 @@ class CentralizedRun:
         checkpoint = self._find_checkpoint()
         self.num_held_out = 0 if prepared.evaluation is None else len(prepared.evaluation)
         self.trainer = self._build_trainer(tokenizer, prepared)
-        self.directory.begin(facts, environment.describe() | {"plan": self.plan.as_dict(), "plan_notes": list(self.plan.notes)})
+        self.directory.begin(
+            facts, environment.describe() | {"plan": self.plan.as_dict(), "plan_notes": list(self.plan.notes)}
+        )
         self.listener = self._listen(_step_of(checkpoint) if self.config.resume else None)
         with self.listener, contextlib.closing(self.trainer):
             try:

@@ -54,26 +54,28 @@ class CheckpointStore:
         if any(r["step"] == trainer.step for r in self._committed()):
             return final
         self._check_free_space()
+        num_bytes = 0
         try:
             staged = trainer.save()
             self._processes.wait_for_everyone()
             if self._processes.is_main_process:
                 facts = {"participant": self._participant, "step": trainer.step}
-                manifest = commit_folder(staged, final, facts)
-                num_bytes = sum(file["num_bytes"] for file in manifest["files"].values())
-                self._journal.append(
-                    "checkpoint",
-                    participant=self._participant,
-                    step=trainer.step,
-                    path=final.name,
-                    num_bytes=num_bytes,
-                )
-                self._prune()
+                files = commit_folder(staged, final, facts)["files"]
+                num_bytes = sum(file["num_bytes"] for file in files.values())
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(
                 f"the checkpoint of step {trainer.step} could not be written to {self.folder}: {error}",
                 hint="make room on the disk and run the same command with --resume; earlier checkpoints are intact",
             ) from error
+        self._journal.append(
+            "checkpoint",
+            participant=self._participant,
+            step=trainer.step,
+            path=final.name,
+            num_bytes=num_bytes,
+        )
+        for record in self._committed()[: -self._keep]:
+            self._delete(record)
         self._processes.wait_for_everyone()
         return final
 
@@ -119,20 +121,16 @@ class CheckpointStore:
         mine = [r for r in self._journal.records("checkpoint") if r["participant"] == self._participant]
         return [r for r in mine if r["number"] not in deleted]
 
-    def _prune(self) -> None:
-        for record in self._committed()[: -self._keep]:
-            self._delete(record)
-
     def _delete(self, record: dict[str, Any]) -> None:
         # The journal first: a folder that it no longer knows is removed by recover(), never resumed from.
         self._journal.append("checkpoint_deleted", checkpoint=record["number"], path=record["path"])
         folder = self.folder / record["path"]
-        if folder.exists():
+        if self._processes.is_main_process and folder.exists():
             discard_folder(folder)
 
     def _check_free_space(self) -> None:
         records = self._committed()
-        if not records or not self.folder.is_dir():
+        if not records or not self._processes.is_main_process:
             return
         needed = int(records[-1]["num_bytes"] * FREE_SPACE_FACTOR)
         free = shutil.disk_usage(self.folder).free

@@ -21,7 +21,8 @@ class Journal:
 
     Args:
         run_dir: exists.
-        writable: False on processes other than the first, where :meth:`append` does nothing.
+        writable: False on processes other than the first, where :meth:`append` only remembers: every process knows
+            what the journal says, and one writes it.
 
     Raises:
         CheckpointError: a line before the last is not JSON: the file was changed by something else.
@@ -40,9 +41,17 @@ class Journal:
             "event": event,
             **facts,
         }
-        if not self._writable:
-            return record
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        if self._writable:
+            self._write(line)
+        self._records.append(record)
+        return record
+
+    def records(self, event: str | None = None) -> list[dict[str, Any]]:
+        """All records, or those of one event, oldest first."""
+        return [r for r in self._records if event is None or r["event"] == event]
+
+    def _write(self, line: str) -> None:
         is_new = not self._path.exists()
         with open(self._path, "ab") as stream:
             stream.write(line.encode())
@@ -50,12 +59,6 @@ class Journal:
             os.fsync(stream.fileno())
         if is_new:
             sync_folder(self._path.parent)
-        self._records.append(record)
-        return record
-
-    def records(self, event: str | None = None) -> list[dict[str, Any]]:
-        """All records, or those of one event, oldest first."""
-        return [r for r in self._records if event is None or r["event"] == event]
 
     def _read(self) -> list[dict[str, Any]]:
         if not self._path.exists():

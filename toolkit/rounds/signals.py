@@ -40,10 +40,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if self.received is not None:
-            raise Interrupted(
-                f"{name} again: left at once, from the last committed checkpoint the run can be resumed"
-            )
-        self.received = name
-        self._on_first(name)
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = name, now
+            self._on_first(name)
+        elif now - self._received_at >= SAME_REQUEST_SECONDS:
+            raise Interrupted(f"{name} again: left at once; the run can be resumed from its last checkpoint")
