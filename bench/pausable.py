@@ -4,8 +4,8 @@
 
 Eight participants take turns; each step is a chain of matrix products that torch spreads over its OpenMP workers.
 Both ways do the same steps, alternating A B B A, and must give the same bits. Reported: medians of microseconds a step,
-the ratio, the cost of a switch with an empty step, and the threads of the process afterwards (each Python thread that
-runs a parallel region gets an OpenMP pool of its own).
+the ratio, the cost of a switch with an empty step, and the threads of the process while all participants are alive
+(each Python thread that runs a parallel region gets an OpenMP pool of its own).
 """
 
 import argparse
@@ -80,6 +80,28 @@ def turns(call_class, size: int) -> tuple[float, torch.Tensor]:
     return seconds, torch.stack(results)
 
 
+def threads_in_use(call_class, size: int) -> int:
+    """Threads of the process while all participants are alive and have made a step."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(size or 1, size or 1, generator=generator)
+    calls: list = []
+
+    def participant(index: int) -> None:
+        for _ in range(2):
+            torch.mm(weight, weight)
+            calls[index].pause()
+
+    calls += [call_class(lambda index=index: participant(index)) for index in range(NUM_PARTICIPANTS)]
+    for call in calls:
+        call.resume()
+    count = psutil.Process().num_threads()
+    while not all(call.finished for call in calls):
+        for call in calls:
+            if not call.finished:
+                call.resume()
+    return count
+
+
 def measure_one(kind: str, size: int) -> dict[str, float]:
     """In a process of its own, so that pools of the other way do not count."""
     call_class = {"greenlet": PausableCall, "thread": ThreadCall}[kind]
@@ -87,7 +109,7 @@ def measure_one(kind: str, size: int) -> dict[str, float]:
     seconds, results = turns(call_class, size)
     return {
         "step_microseconds": seconds * 1e6,
-        "num_threads": psutil.Process().num_threads(),
+        "num_threads": threads_in_use(call_class, size),
         "checksum": results.double().sum().item(),
     }
 

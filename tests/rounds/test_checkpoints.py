@@ -94,7 +94,7 @@ def test_no_intact_checkpoint_is_never_a_new_beginning(commit_steps, store_of):
     store = commit_steps(1, 2)
     for folder in store.folder.iterdir():
         (folder / "weights.bin").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint in .* is intact"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is intact"):
         store_of().latest()
 
 

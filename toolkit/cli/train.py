@@ -74,10 +74,10 @@ class _Starter:
         self.has_begun = True
         from toolkit.reporting.libraries import quiet_libraries
 
-        quiet_libraries(loaded.config.log_level)
-        from toolkit.rounds.centralized import run
+        with quiet_libraries(loaded.config.log_level):
+            from toolkit.rounds.centralized import run
 
-        return run(loaded.config, plan)
+            return run(loaded.config, plan)
 
     def _save(self, loaded: Loaded[Any]) -> None:
         """Write the file of --save-config.

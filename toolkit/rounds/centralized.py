@@ -24,6 +24,7 @@ from toolkit.modeling.load import load_base, load_model_config
 from toolkit.modeling.source import find_model, model_fingerprint
 from toolkit.reporting import environment, listeners, resources
 from toolkit.reporting.history import plain
+from toolkit.reporting.libraries import speak_into_the_log
 from toolkit.reporting.records import (
     CheckpointRecord,
     EvaluationRecord,
@@ -344,12 +345,15 @@ class CentralizedRun:
 
     def _listen(self, restored_step: int | None) -> Any:
         history = None if restored_step is None else {PARTICIPANT: restored_step}
-        return listeners.build(
+        built = listeners.build(
             self.directory.path,
             self.config,
             is_main_process=self.processes.is_main_process,
             resumed_history=history,
         )
+        if self.processes.is_main_process:
+            speak_into_the_log()
+        return built
 
     def _run_start(self, prepared: Prepared, trainer: Any) -> RunStart:
         return RunStart(
