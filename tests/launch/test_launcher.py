@@ -13,6 +13,7 @@ import pytest
 from toolkit.config.options import LaunchOptions
 from toolkit.launch import launcher, status
 from toolkit.launch.plan import LaunchPlan, resolve_plan
+from toolkit.launch.world import PARENT_VARIABLE
 
 WAIT_SECONDS = 120  # a bound for a broken launcher, not a time that is expected
 
@@ -165,6 +166,25 @@ def test_no_rank_outlives_a_killed_launcher(probe_environment: dict[str, str], t
     run.kill()
     run.wait()
     until(lambda: not any(is_running(pid) for pid in pids))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal")
+@pytest.mark.parametrize(
+    ("actual", "expected", "is_killed"),
+    [("1", "1", False), ("1", "4711", True), ("4711", "4711", False), ("1", None, False)],
+    ids=["in a container", "the parent has ended", "as usual", "started by hand"],
+)
+def test_a_parent_that_is_process_1_is_no_dead_parent(actual, expected, is_killed) -> None:
+    code = (
+        "import os, sys\n"
+        f"os.getppid = lambda: {actual}\n"
+        "from toolkit.launch.rank import die_with_parent\n"
+        "die_with_parent()\n"
+    )
+    environ = {name: value for name, value in os.environ.items() if name != PARENT_VARIABLE}
+    environ |= {PARENT_VARIABLE: expected} if expected is not None else {}
+    result = subprocess.run([sys.executable, "-c", code], env=environ, check=False)
+    assert result.returncode == (-signal.SIGKILL if is_killed else 0)
 
 
 def test_what_cannot_start_is_said_with_its_reason(

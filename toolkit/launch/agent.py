@@ -6,6 +6,7 @@ itself.
 """
 
 import contextlib
+import os
 import signal
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from toolkit.durable import write_json
 from toolkit.launch.rank import FORWARDED_SIGNALS, die_with_parent
+from toolkit.launch.world import PARENT_VARIABLE
 
 FAILURE_NAME = "first-failure.json"
 
@@ -27,6 +29,7 @@ def _record_failure(folder: Path, error: Any) -> None:
 
 def main() -> int:
     die_with_parent()
+    os.environ[PARENT_VARIABLE] = str(os.getpid())  # for the ranks, which are children of this process
     log_path = Path(sys.argv[1])
     sys.argv = ["accelerate launch", *sys.argv[2:]]
     # The launcher signals the ranks. Torch's agent would give them 30 seconds and then kill them, in the

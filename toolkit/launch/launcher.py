@@ -26,7 +26,7 @@ from toolkit.launch import status
 from toolkit.launch.agent import FAILURE_NAME
 from toolkit.launch.plan import LaunchPlan
 from toolkit.launch.rank import FORWARDED_SIGNALS
-from toolkit.launch.world import RANK_FOLDER_VARIABLE
+from toolkit.launch.world import PARENT_VARIABLE, RANK_FOLDER_VARIABLE
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
@@ -133,7 +133,12 @@ def run(plan: LaunchPlan, argv: Sequence[str], environ: Mapping[str, str] = os.e
         *accelerate_arguments(plan),
         *("-m", "toolkit.launch.rank", *argv),
     ]
-    variables = {**environ, **plan.environment(), RANK_FOLDER_VARIABLE: str(folder)}
+    variables = {
+        **environ,
+        **plan.environment(),
+        RANK_FOLDER_VARIABLE: str(folder),
+        PARENT_VARIABLE: str(os.getpid()),
+    }
     signals = _Signals()
     try:
         with signals.installed():

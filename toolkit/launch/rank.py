@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from toolkit.launch import status
-from toolkit.launch.world import RANK_FOLDER_VARIABLE
+from toolkit.launch.world import PARENT_VARIABLE, RANK_FOLDER_VARIABLE
 
 FORWARDED_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 """Signals that the launcher passes on to the ranks. The process between the two blocks them."""
@@ -32,9 +32,11 @@ def die_with_parent() -> None:
     """Let the kernel kill this process when its parent ends (Linux; elsewhere nothing happens)."""
     if sys.platform != "linux":
         return
-    parent_pid = os.getppid()
+    expected_parent = os.environ.get(PARENT_VARIABLE, str(os.getppid()))
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if parent_pid == 1 or os.getppid() != parent_pid:  # it ended before the kernel was told
+    # Another parent: the one that started this process ended before the kernel was told. A parent that is
+    # process 1 is nothing special: in a container that is meldkit itself.
+    if str(os.getppid()) != expected_parent:
         os.kill(os.getpid(), signal.SIGKILL)
 
 

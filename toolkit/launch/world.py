@@ -11,6 +11,9 @@ from toolkit.errors import LaunchError
 RANK_FOLDER_VARIABLE = "MELDKIT_RANK_FOLDER"
 """Set by our own launcher: the folder in which each process reports (see ``status.py``)."""
 
+PARENT_VARIABLE = "MELDKIT_PARENT_PID"
+"""Set by our own launcher, and by the agent for the ranks: the process that the new one must not outlive."""
+
 _YES = frozenset({"1", "true", "yes", "y", "on", "t"})
 
 
@@ -22,8 +25,7 @@ def is_launched(environ: Mapping[str, str]) -> bool:
     """Whether this process was started by accelerate launch, torchrun, deepspeed or our launcher.
 
     ``accelerate launch`` with one process sets no rank, only its ``ACCELERATE_*`` variables. ``WORLD_SIZE``
-    alone is
-    no sign: cluster software sets it for a container, in which nobody has launched anything yet.
+    alone is no sign: cluster software sets it for a container, in which nobody has launched anything yet.
     """
     return "LOCAL_RANK" in environ or "ACCELERATE_MIXED_PRECISION" in environ
 
