@@ -381,8 +381,8 @@ def test_discard_secures_the_new_name_before_it_deletes(
     committed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = []
-    real_sync, real_delete = durable.sync_folder, durable.shutil.rmtree
-    monkeypatch.setattr(durable, "sync_folder", lambda folder: events.append("sync") or real_sync(folder))
+    real_sync, real_delete = durable.sync, durable.shutil.rmtree
+    monkeypatch.setattr(durable, "sync", lambda folder: events.append("sync") or real_sync(folder))
     monkeypatch.setattr(
         durable.shutil, "rmtree", lambda folder: events.append("delete") or real_delete(folder)
     )

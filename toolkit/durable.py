@@ -20,16 +20,8 @@ STAGING_PREFIX = ".staging-"
 TRASH_PREFIX = ".trash-"
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable (a rename without this can be lost in a power cut)."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file's content durable, or the names in a folder (a rename without this can be lost in a power cut)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,7 +41,7 @@ def write_text(path: Path, text: str) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -82,7 +74,7 @@ def commit_folder(staged: Path, final: Path, facts: Mapping[str, Any]) -> dict[s
         if path.is_dir():
             folders.add(path)
             continue
-        sync_file(path)
+        sync(path)
         files[path.relative_to(staged).as_posix()] = {
             "num_bytes": path.stat().st_size,
             "sha256": file_sha256(path),
@@ -90,10 +82,10 @@ def commit_folder(staged: Path, final: Path, facts: Mapping[str, Any]) -> dict[s
     manifest = {"facts": dict(facts), "files": files}
     write_json(staged / MANIFEST_NAME, manifest)
     for folder in folders:
-        sync_folder(folder)
+        sync(folder)
     final.parent.mkdir(parents=True, exist_ok=True)
     os.rename(staged, final)
-    sync_folder(final.parent)
+    sync(final.parent)
     return manifest
 
 
@@ -127,7 +119,7 @@ def discard_folder(folder: Path) -> None:
     """Delete a committed folder: renamed first, so that a half-deleted one never looks complete."""
     trash = folder.with_name(f"{TRASH_PREFIX}{folder.name}-{uuid.uuid4().hex[:8]}")
     os.rename(folder, trash)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(trash)
 
 

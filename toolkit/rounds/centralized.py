@@ -1,6 +1,7 @@
 """Centralized training: the loop of all recipes with one participant and no merge."""
 
 import contextlib
+import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -236,21 +237,11 @@ class CentralizedRun:
         self.listener.handle(
             StepRecord(
                 participant=PARTICIPANT,
-                step=step.step,
-                epoch=step.epoch,
                 num_steps=self.trainer.num_steps,
-                loss=step.loss,
-                learning_rate=step.learning_rate,
-                grad_norm=step.grad_norm,
-                num_tokens=step.num_tokens,
-                num_trainable_tokens=step.num_trainable_tokens,
-                total_tokens=step.total_tokens,
-                total_trainable_tokens=step.total_trainable_tokens,
-                step_seconds=step.seconds,
-                tokens_per_second=step.num_tokens / step.seconds,
-                memory_bytes=sampled.get("cuda_peak_reserved_bytes") or sampled["peak_rss_bytes"],
+                tokens_per_second=step.num_tokens / step.step_seconds,
+                memory_bytes=sampled["memory_bytes"],
                 gpu=resources.gpu_of_run(sampled["gpus"]),
-                batch_digest=step.batch_digest,
+                **dataclasses.asdict(step),
             )
         )
 

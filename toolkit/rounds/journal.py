@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from toolkit.durable import sync_folder
+from toolkit.durable import sync
 from toolkit.errors import CheckpointError
 
 JOURNAL_NAME = "journal.jsonl"
@@ -58,7 +58,7 @@ class Journal:
             stream.flush()
             os.fsync(stream.fileno())
         if is_new:
-            sync_folder(self._path.parent)
+            sync(self._path.parent)
 
     def _read(self) -> list[dict[str, Any]]:
         if not self._path.exists():

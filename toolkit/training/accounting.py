@@ -112,7 +112,7 @@ class Accounting:
                 num_trainable_tokens=num_trainable_tokens,
                 total_tokens=totals.tokens,
                 total_trainable_tokens=totals.trainable_tokens,
-                seconds=seconds,
+                step_seconds=seconds,
                 batch_digest=f"{totals.digest:08x}",
             )
         )

@@ -26,7 +26,7 @@ class StepStatistics:
         grad_norm: before clipping; None where the backend does not tell.
         num_tokens, num_trainable_tokens: tokens of the step without padding, and those with a label.
         total_tokens, total_trainable_tokens: the same since the beginning of the run.
-        seconds: from the step's first batch to its end; evaluation and pauses are not in it.
+        step_seconds: from the step's first batch to its end; evaluation and pauses are not in it.
         batch_digest: CRC-32 over the token ids in the order in which they were trained, since the beginning of the
             run: two runs with the same digest saw the same rows in the same order.
     """
@@ -40,7 +40,7 @@ class StepStatistics:
     num_trainable_tokens: int
     total_tokens: int
     total_trainable_tokens: int
-    seconds: float
+    step_seconds: float
     batch_digest: str
 
 
