@@ -1,5 +1,6 @@
 """GPUs and environments that this machine may not have."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +21,22 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Gpu]]:
     def give(
         num_gpus: int, *, capability: tuple[int, int] = (9, 0), build: str = "2.13.0+cu130", num_cpus: int = 8
     ) -> list[Gpu]:
-        gpus = [Gpu(str(n), f"GPU-{n}abc", "NVIDIA Test", capability, 80 << 30) for n in range(num_gpus)]
+        gpus = [Gpu(str(n), n, f"GPU-{n}abc", "NVIDIA Test", capability, 80 << 30) for n in range(num_gpus)]
         monkeypatch.setattr(devices, "machine_gpus", lambda: list(gpus))
         monkeypatch.setattr(devices, "torch_build", lambda: build)
         monkeypatch.setattr(devices, "num_cpus", lambda: num_cpus)
         return gpus
 
     return give
+
+
+@pytest.fixture
+def cut_machine(machine: Callable[..., list[Gpu]], monkeypatch: pytest.MonkeyPatch) -> list[Gpu]:
+    """A machine with one GPU, cut into two MIG slices."""
+    (whole,) = machine(1)
+    slices = [dataclasses.replace(whole, name=uuid, uuid=uuid) for uuid in ("MIG-aaa", "MIG-abb")]
+    monkeypatch.setattr(devices, "machine_gpus", lambda: list(slices))
+    return slices
 
 
 @pytest.fixture

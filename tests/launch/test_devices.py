@@ -21,6 +21,8 @@ from toolkit.launch import devices
         ("GPU-2abc", ["2"]),
         ("GPU-2", ["2"]),
         ("GPU-", []),  # not unique
+        ("G", []),
+        ("1,1", ["1"]),
     ],
 )
 def test_cuda_visible_devices(
@@ -29,6 +31,24 @@ def test_cuda_visible_devices(
     gpus = machine(3)
     environ = {} if setting is None else {"CUDA_VISIBLE_DEVICES": setting}
     assert [gpu.name for gpu in devices.visible_gpus(gpus, environ)] == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (None, ["MIG-aaa", "MIG-abb"]),
+        ("0", ["MIG-aaa"]),
+        ("1", []),
+        ("MIG-abb", ["MIG-abb"]),
+        ("MIG-ab,MIG-aaa", ["MIG-abb", "MIG-aaa"]),
+        ("MIG-a", []),
+    ],
+)
+def test_cuda_visible_devices_of_slices(
+    cut_machine: list[devices.Gpu], setting: str | None, expected: list[str]
+) -> None:
+    environ = {} if setting is None else {"CUDA_VISIBLE_DEVICES": setting}
+    assert [gpu.name for gpu in devices.visible_gpus(cut_machine, environ)] == expected
 
 
 def test_the_build_of_torch_is_read_without_torch() -> None:

@@ -1,5 +1,6 @@
 """The launch plan: what is decided on which machine, in which world, and what is refused."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -73,6 +74,29 @@ def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(machine: Machine
         plan_for({"CUDA_VISIBLE_DEVICES": "1"}, gpu="0")
     with pytest.raises(LaunchError, match="3 processes, but 2 GPUs to use"):
         plan_for(num_processes=3)
+
+
+@pytest.mark.usefixtures("cut_machine")
+def test_slices_of_a_gpu_are_numbered_and_used_one_at_a_time() -> None:
+    plan = plan_for(gpu="0")
+    assert (plan.gpus, plan.num_processes) == (("MIG-aaa",), 1)
+    assert plan_for(gpu="1").environment()["CUDA_VISIBLE_DEVICES"] == "MIG-abb"
+    plan = plan_for()
+    assert (plan.gpus, plan.num_processes) == (("MIG-aaa",), 1)
+    assert "one MIG slice only" in notes_of(plan)
+    # A process that was started with the plan's environment makes the same plan.
+    assert plan_for(plan.environment(), gpu="0").as_dict() == plan.as_dict()
+    with pytest.raises(LaunchError, match="one MIG slice only"):
+        plan_for(gpu="0,1")
+    with pytest.raises(LaunchError, match="it has the GPUs 0, 1"):
+        plan_for(gpu="2")
+
+
+def test_the_plan_as_values_is_all_but_the_notes(machine: Machine) -> None:
+    machine(2)
+    plan = plan_for()
+    assert plan.as_dict().keys() == {field.name for field in dataclasses.fields(plan)} - {"notes"}
+    assert json.loads(json.dumps(plan.as_dict())) == plan.as_dict()
 
 
 def test_a_gpu_with_a_torch_for_cpus_is_said_clearly(machine: Machine) -> None:

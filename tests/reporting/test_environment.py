@@ -1,9 +1,11 @@
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 
+from toolkit.launch import devices
 from toolkit.reporting import environment, resources
 
 
@@ -72,10 +74,8 @@ def test_the_revision_of_a_checkout(tmp_path):
 
 def test_a_snapshot_measures_this_process():
     shot = resources.snapshot()
-    assert 10**6 < shot["rss_bytes"] <= shot["peak_rss_bytes"] * 1.05
-    # With a GPU in use the allocator's peak counts, else the process's.
-    expected = shot["cuda_peak_allocated_bytes"]
-    assert shot["memory_bytes"] == (shot["peak_rss_bytes"] if expected is None else expected)
+    assert shot.keys() == {"memory_bytes", "gpus"}
+    assert 10**6 < shot["memory_bytes"] < 10**13
     assert isinstance(shot["gpus"], list)
 
 
@@ -95,8 +95,7 @@ def test_a_gpu_is_measured():
         pytest.skip("no GPU here")
     torch.ones(1024, 1024, device="cuda")
     shot = resources.snapshot()
-    assert shot["cuda_peak_allocated_bytes"] >= 4 * 1024 * 1024
-    assert shot["memory_bytes"] == shot["cuda_peak_allocated_bytes"]
+    assert shot["memory_bytes"] == torch.cuda.max_memory_reserved() >= 4 * 1024 * 1024
     assert shot["gpus"][0]["memory_used_bytes"] > 0
     assert 0 <= shot["gpus"][0]["utilization_percent"] <= 100
     assert resources.driver_version()
@@ -116,19 +115,17 @@ def test_several_gpus_count_as_one():
     assert resources.gpu_of_run([]) is None
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (None, [0, 1, 2]),
-        ("", []),
-        ("2,0", [2, 0]),
-        ("GPU-bb, 0", [1, 0]),
-        ("GPU-a", [0]),
-        ("0,7,1", [0]),
-        ("-1", []),
-        ("1,1", [1]),
-        ("GPU-", []),
-    ],
-)
-def test_visible_devices(value, expected):
-    assert resources.visible_devices(3, ["GPU-aa", "GPU-bb", "GPU-cc"], value) == expected
+def test_the_gpus_of_a_run_are_those_of_the_launch_layer(monkeypatch):
+    library = types.SimpleNamespace(
+        NVMLError=OSError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: uuid
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    monkeypatch.setattr(
+        devices,
+        "machine_gpus",
+        lambda: [devices.Gpu(uuid, 0, uuid, "Test (MIG)", (9, 0), 10) for uuid in ("MIG-a", "MIG-b")],
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-b")
+    nvml = resources._Nvml()
+    assert nvml.describe() == [{"index": 0, "name": "Test (MIG)", "memory_bytes": 10}]
+    assert [handle for _, handle in nvml._opened()] == ["MIG-b"]

@@ -292,7 +292,8 @@ class LaunchOptions(Options):
     """Processes, one a device. Default: one for each GPU that is used, one on a CPU."""
 
     gpu: GpuNumbers | None = None
-    """GPUs to use, by number: 0 or 0,1. Default: those in CUDA_VISIBLE_DEVICES, else all."""
+    """GPUs to use, by number: 0 or 0,1 (a MIG slice counts as one). Default: those in
+    CUDA_VISIBLE_DEVICES, else all."""
 
     cpu: bool = False
     """Train on the CPU although there is a GPU."""

@@ -8,7 +8,7 @@ way.
 import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pynvml
 
@@ -23,7 +23,8 @@ class Gpu:
     """One GPU.
 
     Attributes:
-        name: what CUDA_VISIBLE_DEVICES calls it: its number, or the UUID of a MIG slice.
+        name: what CUDA_VISIBLE_DEVICES calls it: its index, or the UUID of a MIG slice.
+        index: its number in the driver; of a MIG slice that of the GPU of which it is a part.
         uuid: its UUID, ``GPU-…`` or ``MIG-…``.
         model: product name, e.g. ``NVIDIA H200``.
         compute_capability: (major, minor).
@@ -31,10 +32,16 @@ class Gpu:
     """
 
     name: str
+    index: int
     uuid: str
     model: str
     compute_capability: tuple[int, int]
     memory_bytes: int
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether it is a MIG slice. CUDA shows a process one slice at most."""
+        return self.name == self.uuid
 
     @property
     def has_bf16(self) -> bool:
@@ -62,7 +69,9 @@ def _mig_slices(handle: object, parent: Gpu) -> list[Gpu]:
             continue
         uuid = _text(pynvml.nvmlDeviceGetUUID(slice_handle))
         memory_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(slice_handle).total)
-        slices.append(Gpu(uuid, uuid, f"{parent.model} (MIG)", parent.compute_capability, memory_bytes))
+        slices.append(
+            replace(parent, name=uuid, uuid=uuid, model=f"{parent.model} (MIG)", memory_bytes=memory_bytes)
+        )
     return slices
 
 
@@ -80,6 +89,7 @@ def machine_gpus() -> list[Gpu]:
             major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
             gpu = Gpu(
                 name=str(index),
+                index=index,
                 uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
                 model=_text(pynvml.nvmlDeviceGetName(handle)),
                 compute_capability=(int(major), int(minor)),
@@ -99,18 +109,49 @@ def machine_gpus() -> list[Gpu]:
 def visible_gpus(gpus: Sequence[Gpu], environ: Mapping[str, str] = os.environ) -> list[Gpu]:
     """The GPUs that ``CUDA_VISIBLE_DEVICES`` leaves, in its order; all of them where it is not set.
 
-    As in CUDA, the list ends at the first entry that names no GPU (``-1`` and the empty string hide all).
+    As in CUDA, the list ends at the first entry that names no GPU (``-1`` and the empty string hide all), and
+    the number of a GPU that is cut into MIG slices is its first slice.
     """
     setting = environ.get("CUDA_VISIBLE_DEVICES")
     if setting is None:
         return list(gpus)
-    visible = []
+    visible: list[Gpu] = []
     for entry in (part.strip() for part in setting.split(",")):
-        matches = [gpu for gpu in gpus if entry and (gpu.name == entry or gpu.uuid.startswith(entry))]
-        if len(matches) != 1 and not (entry.isdecimal() and matches):
+        if entry.isdecimal():
+            matches = [gpu for gpu in gpus if gpu.index == int(entry)][:1]
+        else:
+            is_uuid = entry.startswith(("GPU-", "MIG-"))
+            matches = [gpu for gpu in gpus if is_uuid and gpu.uuid.startswith(entry)]
+        if len(matches) != 1:
             break
-        visible.append(matches[0])
+        if matches[0] not in visible:
+            visible.append(matches[0])
     return visible
+
+
+def asked_gpus(
+    text: str, on_machine: Sequence[Gpu], visible: Sequence[Gpu], environ: Mapping[str, str]
+) -> list[Gpu]:
+    """The GPUs that ``--gpu`` names, by their number on the machine; a MIG slice counts as a GPU.
+
+    Raises:
+        LaunchError: a number that no GPU has, or a GPU that is not visible.
+    """
+    names = [part.strip() for part in text.split(",")]
+    known = {str(number): gpu for number, gpu in enumerate(on_machine)}
+    for name in names:
+        if name not in known:
+            have = "it has only GPU " if len(known) == 1 else "it has the GPUs "
+            raise LaunchError(
+                f"--gpu {text}: there is no GPU {name!r} in this machine; {have}{', '.join(known)}",
+                hint="write --gpu 0, or several as --gpu 0,1; nvidia-smi -L lists them",
+            )
+        if known[name] not in visible:
+            raise LaunchError(
+                f"--gpu {text}: CUDA_VISIBLE_DEVICES={environ['CUDA_VISIBLE_DEVICES']} hides GPU {name}",
+                hint="unset CUDA_VISIBLE_DEVICES, or choose among the GPUs that it leaves",
+            )
+    return [known[name] for name in names]
 
 
 def torch_build() -> str:

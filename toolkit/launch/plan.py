@@ -8,7 +8,7 @@ gives the same ``LaunchPlan.as_dict()`` either way.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,18 +60,9 @@ class LaunchPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """The decisions as JSON values: the same for the same request, however the run was started."""
-        return {
-            "device": self.device,
-            "gpus": list(self.gpus),
-            "num_processes": self.num_processes,
-            "num_machines": self.num_machines,
-            "mixed_precision": self.mixed_precision,
-            "deepspeed": self.deepspeed,
-            "zero_stage": self.zero_stage,
-            "quant_storage": self.quant_storage,
-            "threads_per_process": self.threads_per_process,
-            "main_process_port": self.main_process_port,
-        }
+        values = asdict(self) | {"gpus": list(self.gpus)}
+        del values["notes"]
+        return values
 
     def environment(self) -> dict[str, str]:
         """Environment variables that a process of this plan needs before torch is imported."""
@@ -159,7 +150,7 @@ def _choose_gpus(
             hint="leave out --gpu, or the --cpu of the launcher",
         )
     visible = devices.visible_gpus(on_machine, environ)
-    gpus = visible if options.gpu is None else _asked_gpus(options.gpu, on_machine, visible, environ)
+    gpus = visible if options.gpu is None else devices.asked_gpus(options.gpu, on_machine, visible, environ)
     if not gpus:
         notes.append(
             f"device cpu: CUDA_VISIBLE_DEVICES={environ.get('CUDA_VISIBLE_DEVICES')!r} hides the GPUs"
@@ -172,29 +163,16 @@ def _choose_gpus(
             hint="install a CUDA build of torch (`make clean setup` chooses it), or train with --cpu",
         )
     why = f"--gpu {options.gpu}" if options.gpu is not None else "all GPUs that are visible"
+    if len(gpus) > 1 and any(gpu.is_slice for gpu in gpus):
+        if options.gpu is not None:
+            raise LaunchError(
+                f"--gpu {options.gpu}: CUDA shows a process one MIG slice only, and these are several",
+                hint="choose one slice, e.g. --gpu 0",
+            )
+        gpus = [gpu for gpu in gpus if not gpu.is_slice] or gpus[:1]
+        why = "CUDA shows a process one MIG slice only; --gpu chooses another"
     notes.append(f"device cuda: {why}: {', '.join(f'{gpu.name} ({gpu.model})' for gpu in gpus)}")
     return gpus
-
-
-def _asked_gpus(
-    text: str, on_machine: list[devices.Gpu], visible: list[devices.Gpu], environ: Mapping[str, str]
-) -> list[devices.Gpu]:
-    """The GPUs that ``--gpu`` names, by their number on the machine."""
-    names = [part.strip() for part in text.split(",")]
-    known = {gpu.name: gpu for gpu in on_machine}
-    for name in names:
-        if name not in known:
-            have = "it has only GPU " if len(known) == 1 else "it has the GPUs "
-            raise LaunchError(
-                f"--gpu {text}: there is no GPU {name!r} in this machine; {have}{', '.join(known)}",
-                hint="write --gpu 0, or several as --gpu 0,1; nvidia-smi -L lists them",
-            )
-        if known[name] not in visible:
-            raise LaunchError(
-                f"--gpu {text}: CUDA_VISIBLE_DEVICES={environ['CUDA_VISIBLE_DEVICES']} hides GPU {name}",
-                hint="unset CUDA_VISIBLE_DEVICES, or choose among the GPUs that it leaves",
-            )
-    return [known[name] for name in names]
 
 
 def _num_processes(

@@ -5,7 +5,6 @@ torch is looked at only when something else has imported it; NVML is asked at mo
 
 import contextlib
 import logging
-import os
 import resource
 import sys
 import threading
@@ -13,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import psutil
+from toolkit.launch import devices
 
 logger = logging.getLogger("toolkit.reporting")
 
@@ -26,23 +25,15 @@ def snapshot() -> dict[str, Any]:
     """What the process and its GPUs use now.
 
     Returns:
-        ``rss_bytes`` and ``peak_rss_bytes`` of this process; ``cuda_peak_allocated_bytes`` and
-        ``cuda_peak_reserved_bytes`` of torch's allocator, summed over the devices (None without CUDA);
-        ``memory_bytes``: the peak that counts, of the allocator where there is CUDA, else of the process;
-        ``gpus``: a dict for each visible GPU with ``index`` (NVML's), ``utilization_percent``,
-        ``power_watts`` and ``memory_used_bytes`` (None where the driver does not tell), empty without a
-        driver.
+        ``memory_bytes``: the peak so far, reserved by torch's allocator summed over the devices where CUDA is
+        in use, else resident of this process; ``gpus``: a dict for each visible GPU with ``index`` (NVML's),
+        ``utilization_percent``, ``power_watts`` and ``memory_used_bytes`` (None where the driver does not
+        tell, as for a MIG slice), empty without a driver.
     """
-    peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
-    allocated, reserved = _cuda_peaks()
-    return {
-        "rss_bytes": psutil.Process().memory_info().rss,
-        "peak_rss_bytes": peak_rss_bytes,
-        "cuda_peak_allocated_bytes": allocated,
-        "cuda_peak_reserved_bytes": reserved,
-        "memory_bytes": peak_rss_bytes if allocated is None else allocated,
-        "gpus": gpus(),
-    }
+    peak_bytes = _cuda_peak_bytes()
+    if peak_bytes is None:
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+    return {"memory_bytes": peak_bytes, "gpus": gpus()}
 
 
 def gpu_of_run(sampled: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
@@ -72,41 +63,13 @@ def driver_version() -> str | None:
     return _nvml.driver_version()
 
 
-def visible_devices(num_devices: int, uuids: Sequence[str], value: str | None) -> list[int]:
-    """NVML's indices of the GPUs that CUDA_VISIBLE_DEVICES lets through.
-
-    Args:
-        num_devices: GPUs that NVML sees.
-        uuids: their UUIDs (``GPU-...``), in NVML's order.
-        value: the variable: numbers, UUIDs or beginnings of UUIDs; None (not set) means all. As CUDA does,
-            everything from the first invalid entry on is ignored.
-    """
-    if value is None:
-        return list(range(num_devices))
-    chosen: list[int] = []
-    for entry in (part.strip() for part in value.split(",")):
-        if entry.isdigit() and int(entry) < num_devices:
-            index = int(entry)
-        else:
-            matches = [
-                i for i, uuid in enumerate(uuids) if entry.startswith("GPU-") and uuid.startswith(entry)
-            ]
-            if len(matches) != 1:
-                break
-            index = matches[0]
-        if index not in chosen:
-            chosen.append(index)
-    return chosen
-
-
-def _cuda_peaks() -> tuple[int | None, int | None]:
+def _cuda_peak_bytes() -> int | None:
+    """Peak that torch's allocator has reserved on all devices; None where CUDA is not in use."""
     torch = sys.modules.get("torch")
     # Asking before CUDA is initialised would initialise it.
     if torch is None or not hasattr(torch, "cuda") or not torch.cuda.is_initialized():
-        return None, None
-    devices = range(torch.cuda.device_count())
-    allocated = sum(torch.cuda.max_memory_allocated(device) for device in devices)
-    return allocated, sum(torch.cuda.max_memory_reserved(device) for device in devices)
+        return None
+    return sum(torch.cuda.max_memory_reserved(index) for index in range(torch.cuda.device_count()))
 
 
 class _Nvml:
@@ -115,7 +78,7 @@ class _Nvml:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._library: Any = None
-        self._handles: list[tuple[int, Any]] | None = None
+        self._handles: list[tuple[devices.Gpu, Any]] | None = None
         self._sampled: list[dict[str, Any]] = []
         self._sampled_at = -NVML_INTERVAL_SECONDS
 
@@ -124,25 +87,22 @@ class _Nvml:
             now = time.monotonic()
             if now - self._sampled_at >= NVML_INTERVAL_SECONDS:
                 self._sampled_at = now
-                self._sampled = [self._read(index, handle) for index, handle in self._opened()]
+                self._sampled = [self._read(gpu.index, handle) for gpu, handle in self._opened()]
             return self._sampled
 
     def describe(self) -> list[dict[str, Any]]:
         with self._lock:
-            described = []
-            for index, handle in self._opened():
-                name = self._ask("nvmlDeviceGetName", handle)
-                memory = self._ask("nvmlDeviceGetMemoryInfo", handle)
-                total = None if memory is None else int(memory.total)
-                described.append({"index": index, "name": name, "memory_bytes": total})
-            return described
+            return [
+                {"index": gpu.index, "name": gpu.model, "memory_bytes": gpu.memory_bytes}
+                for gpu, _ in self._opened()
+            ]
 
     def driver_version(self) -> str | None:
         with self._lock:
             self._opened()
             return None if self._library is None else self._ask("nvmlSystemGetDriverVersion")
 
-    def _opened(self) -> list[tuple[int, Any]]:
+    def _opened(self) -> list[tuple[devices.Gpu, Any]]:
         if self._handles is None:
             self._handles = []
             try:
@@ -150,10 +110,10 @@ class _Nvml:
 
                 pynvml.nvmlInit()
                 self._library = pynvml
-                handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-                uuids = [str(self._ask("nvmlDeviceGetUUID", handle)) for handle in handles]
-                chosen = visible_devices(len(handles), uuids, os.environ.get("CUDA_VISIBLE_DEVICES"))
-                self._handles = [(index, handles[index]) for index in chosen]
+                self._handles = [
+                    (gpu, pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid))
+                    for gpu in devices.visible_gpus(devices.machine_gpus())
+                ]
             # No driver, no package, no permission: there is nothing to measure, and that is not the run's
             # problem.
             except Exception as error:
