@@ -103,6 +103,22 @@ def test_a_wrong_row_is_named(row, message):
     assert "data.jsonl:" in str(error.value)
 
 
+@pytest.mark.parametrize("speaker", [["human"], {"a": 1}, 3, None])
+def test_a_turn_from_something_that_is_no_text(speaker):
+    row = {"conversations": [{"from": speaker, "value": "a"}, {"from": "gpt", "value": "b"}]}
+    with pytest.raises(DataError, match=r"data.jsonl:1: turn 1 is from "):
+        examples_of(row)
+
+
+def test_a_column_of_two_kinds_is_wrong_where_it_is_read_only():
+    with pytest.raises(
+        DataError, match=r"data.jsonl:3: column 'text' holds a number here and a text in data.jsonl:1"
+    ):
+        examples_of({"text": "a"}, {"text": None}, {"text": 3})
+    rows = ({"text": "a", "meta": 1}, {"text": "b", "meta": {"n": 1}}, {"text": "c", "meta": "x"})
+    assert len(examples_of(*rows)[1]) == 3
+
+
 def test_several_wrong_rows_are_counted():
     rows = [{"text": "fine"}, *({"text": None} for _ in range(5))]
     with pytest.raises(
@@ -138,10 +154,10 @@ def test_nothing_fits():
 
 
 def test_unknown_names_are_met_with_the_nearest():
-    with pytest.raises(DataError, match=r"unknown data format 'mesages'; did you mean messages\?"):
+    with pytest.raises(DataError, match=r"unknown data format 'mesages'; did you mean 'messages'\?"):
         examples_of({"text": "x"}, data_format="mesages")
     with pytest.raises(
-        DataError, match=r"prompt=qestion names a column that is not there; did you mean question\?"
+        DataError, match=r"prompt=qestion names a column that is not there; did you mean 'question'\?"
     ):
         examples_of({"question": "x", "answer": "y"}, mapping={"prompt": "qestion"})
     with pytest.raises(DataError, match="a field that no format has: promt"):

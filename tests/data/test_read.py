@@ -69,12 +69,76 @@ def test_a_folder_with_splits_and_one_with_locales(tmp_path):
     assert list(source.splits) == ["train", "valid"]
     assert len(source.table("valid")) == 2
     write(tmp_path, "many/en-US/train.jsonl")
+    write(tmp_path, "many/en-US/test.jsonl", ROWS[:1])
     write(tmp_path, "many/sq-AL/train.jsonl", ROWS[:1])
     write(tmp_path, "many/sq-AL/test.jsonl", ROWS[:1])
     table = open_source(str(tmp_path / "many")).table("train")
     assert [row["locale"] for row in table.rows] == ["en-US", "en-US", "en-US", "sq-AL"]
     assert table.where(3).endswith("sq-AL/train.jsonl:1")
     assert table.select([3]).where(0).endswith("sq-AL/train.jsonl:1")
+    assert table.select([3]).notes == (f"{tmp_path / 'many'} [train] joins the locales en-US, sq-AL",)
+
+
+@pytest.mark.parametrize("name", ["old", "raw", "tmp", "data", "en-US", "sq"])
+def test_a_folder_beside_split_files_is_not_read(tmp_path, name):
+    write(tmp_path, "train.jsonl")
+    write(tmp_path, f"{name}/train.jsonl", ROWS[:1])
+    table = open_source(str(tmp_path)).table("train")
+    assert len(table) == 3
+    assert table.notes == ()
+
+
+@pytest.mark.parametrize("name", ["old", "raw", "tmp", "xx", "to-do", "test"])
+def test_a_folder_that_is_named_like_no_locale_is_not_read_and_named(tmp_path, name):
+    write(tmp_path, f"{name}/train.jsonl")
+    with pytest.raises(DataError, match=rf"the sub-folders {name}/ are not read"):
+        open_source(str(tmp_path))
+    write(tmp_path, "sr-Latn/train.jsonl", ROWS[:1])
+    assert len(open_source(str(tmp_path)).table("train")) == 1
+
+
+def test_locales_with_different_splits_are_refused(tmp_path):
+    write(tmp_path, "en-US/train.jsonl")
+    write(tmp_path, "sq-AL/train.jsonl")
+    write(tmp_path, "sq-AL/test.jsonl")
+    with pytest.raises(DataError, match="en-US has train, and sq-AL has train, test"):
+        open_source(str(tmp_path))
+
+
+def test_the_data_folder_of_a_copy_of_a_hub_data_set(tmp_path):
+    write(tmp_path, "data/train-00000-of-00001.parquet")
+    table = open_source(str(tmp_path)).table("train")
+    assert len(table) == 3
+    assert "locale" not in table.columns
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [("nobody/pets:en-US", ("nobody/pets", "en-US")), ("nobody/pets", ("nobody/pets", None))],
+)
+def test_the_configuration_of_a_hub_data_set_stands_after_a_colon(monkeypatch, source, asked):
+    asked_for = []
+
+    def load_dataset(*arguments):
+        asked_for.append(arguments)
+        return datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+
+    monkeypatch.setattr("toolkit.data.read.can_reach", lambda url: True)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    table = read_table(source)
+    assert asked_for == [asked]
+    assert table.where(1) == f"{source} [train]: row 2"
+
+
+def test_a_hub_data_set_whose_configuration_is_missing(monkeypatch):
+    def load_dataset(*arguments):
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']")
+
+    monkeypatch.setattr("toolkit.data.read.can_reach", lambda url: True)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError) as error:
+        read_table("nobody/pets")
+    assert "nobody/pets:CONFIGURATION" in str(error.value)
 
 
 def test_line_numbers_count_blank_lines(tmp_path):
@@ -108,9 +172,9 @@ WRONG = {
     ),
     "wide.jsonl": ('{"text": "a"}'.encode("utf-16"), r"wide.jsonl is in UTF-16"),
     "bad.parquet": (b"not parquet at all", r"bad.parquet is not a readable Parquet file"),
-    "mixed.jsonl": (
-        b'{"text": "a"}\n{"text": null}\n{"text": 3}',
-        r"mixed.jsonl:3: column 'text' holds a number here and a text in .*mixed.jsonl:1",
+    "one-row.json": (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        r"one-row.json: a JSON array of rows is needed(.|\n)*put a single row in brackets",
     ),
     "notes.txt": (b"hello", r"notes.txt: cannot read files that end in .txt"),
 }
@@ -140,7 +204,7 @@ def test_a_folder_without_splits_and_a_missing_split(tmp_path):
     with pytest.raises(DataError, match=r"no file is named after a split \(a.jsonl, b.jsonl\)"):
         open_source(str(tmp_path))
     write(tmp_path, "s/train.jsonl")
-    with pytest.raises(DataError, match=r"has no split named 'trian'; did you mean train\?"):
+    with pytest.raises(DataError, match=r"has no split named 'trian'; did you mean 'train'\?"):
         read_table(str(tmp_path / "s"), split="trian")
 
 

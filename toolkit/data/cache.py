@@ -8,7 +8,6 @@ may build the same entry at once: both results are the same, the first commit st
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import durable
+from toolkit.cache_folder import cache_folder as folder_of_meldkit
 from toolkit.errors import CheckpointError
 
 CODE_FILES = (
@@ -44,12 +44,8 @@ LEFTOVER_AGE_SECONDS = 24 * 3600.0
 
 
 def cache_folder(chosen: Path | None) -> Path:
-    """--data-cache, else $MELDKIT_CACHE, else ~/.cache/meldkit; the entries lie in ``tokenised/`` below
-    it."""
-    root = chosen or (
-        Path(os.environ["MELDKIT_CACHE"]) if os.environ.get("MELDKIT_CACHE") else Path("~/.cache/meldkit")
-    )
-    return root.expanduser() / "tokenised"
+    """``tokenised/`` in --data-cache, else in meldkit's cache."""
+    return (chosen.expanduser() if chosen else folder_of_meldkit()) / "tokenised"
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:

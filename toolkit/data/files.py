@@ -3,13 +3,15 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolkit.errors import DataError
 
+EVALUATION_SPLITS = ("validation", "valid", "eval", "dev", "test")
+SPLIT_NAMES = ("train", *EVALUATION_SPLITS)
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 Row = dict[str, Any]
 
@@ -24,6 +26,7 @@ class Table:
         columns: every column that a row has, in order of appearance.
         places: line or row number of each row in the source, from 1.
         unit: "line" or "row": what ``places`` counts.
+        notes: what the user should know about where the rows are from.
     """
 
     source: str
@@ -31,6 +34,7 @@ class Table:
     columns: tuple[str, ...]
     places: Sequence[int]
     unit: str = "row"
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -46,30 +50,31 @@ class Table:
             self.columns,
             [self.places[i] for i in indices],
             self.unit,
-        )
-
-    def to_dataset(self) -> Any:
-        """The rows as a ``datasets.Dataset``, with a null for a column that a row lacks."""
-        import datasets
-
-        return datasets.Dataset.from_list(
-            [{name: row.get(name) for name in self.columns} for row in self.rows]
+            self.notes,
         )
 
 
 def make_table(source: str, rows: Sequence[Row], places: Sequence[int], unit: str) -> Table:
-    """Check that the rows fit together (one kind of value a column) and return the table.
+    """Return the table of ``rows``, whose columns are all that a row has.
 
     Raises:
-        DataError: no rows, or a column that holds two kinds of value; the message names the first such row.
+        DataError: no rows.
     """
     if not rows:
         raise DataError(f"{source} is empty: it has no rows")
+    return Table(source, rows, tuple(dict.fromkeys(name for row in rows for name in row)), places, unit)
+
+
+def require_one_kind(table: Table, columns: Collection[str]) -> None:
+    """Check that each of ``columns`` holds one kind of value; what nobody reads may be mixed.
+
+    Raises:
+        DataError: a column holds two kinds of value; the message names the first row of each.
+    """
     kinds: dict[str, tuple[str, int]] = {}
-    table = Table(source, rows, (), places, unit)
-    for index, row in enumerate(rows):
-        for name, value in row.items():
-            kind = _kind(value)
+    for index, row in enumerate(table.rows):
+        for name in columns:
+            kind = _kind(row.get(name))
             if name not in kinds or kinds[name][0] == "null":
                 kinds[name] = (kind, index)
             elif kind not in ("null", kinds[name][0]):
@@ -79,7 +84,6 @@ def make_table(source: str, rows: Sequence[Row], places: Sequence[int], unit: st
                     f"{table.where(first)}",
                     hint="give every row of a column the same kind of value",
                 )
-    return Table(source, rows, tuple(kinds), places, unit)
 
 
 def _kind(value: Any) -> str:
@@ -102,7 +106,7 @@ def read_file(path: Path) -> dict[str, Table]:
     """Return the tables of one file by split; "" where the file names no split.
 
     Raises:
-        DataError: unknown ending, empty, wrong encoding, broken JSON or CSV, columns of mixed kinds.
+        DataError: unknown ending, empty, wrong encoding, broken JSON or CSV.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -189,14 +193,17 @@ def _read_json(path: Path, text: str) -> dict[str, Table]:
     if not isinstance(value, list):
         raise DataError(
             f'{path}: a JSON array of rows is needed, or {{"data": [...]}}; this is {_kind(value)}',
-            hint="one object a line is JSON lines: name the file .jsonl",
+            hint="put a single row in brackets: [{...}]; one object a line is JSON lines: name the file .jsonl",
         )
     return {"": _json_table(str(path), value)}
 
 
 def _is_splits(value: Any) -> bool:
-    """{"train": [rows], "validation": [rows]}"""
-    if not isinstance(value, dict) or not value or not all(isinstance(rows, list) for rows in value.values()):
+    """{"train": [rows], "validation": [rows]}; one row with a list of messages looks the same but for the
+    names."""
+    if not isinstance(value, dict) or not set(SPLIT_NAMES) & set(value):
+        return False
+    if not all(isinstance(rows, list) for rows in value.values()):
         return False
     return all(isinstance(row, dict) for rows in value.values() for row in rows)
 

@@ -196,9 +196,10 @@ def sharegpt_format(row: Row) -> Conversation:
             continue
         if not isinstance(turn, Mapping) or "from" not in turn:
             raise RowError(f"turn {number} of conversations has no 'from'")
-        role = SHAREGPT_ROLES.get(turn["from"])
+        speaker = turn["from"]
+        role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            raise RowError(f"turn {number} is from {turn['from']!r}; known: {', '.join(SHAREGPT_ROLES)}")
+            raise RowError(f"turn {number} is from {speaker!r}; known: {', '.join(SHAREGPT_ROLES)}")
         weight = turn.get("weight")
         messages.append(
             Message(role, text_of(turn.get("value"), f"the value of turn {number}"), {}, weight != 0)

@@ -140,6 +140,7 @@ def split_examples(
         evaluation = _split("held-out", train_table.select(held_out), [examples[n] for n in held_out])
         digests = describe_rows(train.report, train.examples)
     report = CheckReport(task, layout.format.name, train.report)
+    report.notes += [note for table in (train_table, evaluation_table) if table for note in table.notes]
     if evaluation is not None:
         held_out_digests = describe_rows(evaluation.report, evaluation.examples)
         report.evaluation = evaluation.report

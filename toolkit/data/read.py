@@ -1,22 +1,21 @@
 """Data from anywhere: a file, a folder of files, a data set saved with ``datasets``, or a hub id."""
 
-import difflib
+import dataclasses
 import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.data.files import SUFFIXES, Table, make_table, read_file
+from toolkit.config.names import did_you_mean, nearest
+from toolkit.data.files import EVALUATION_SPLITS, SPLIT_NAMES, SUFFIXES, Table, make_table, read_file
+from toolkit.data.locale_codes import is_locale
 from toolkit.errors import DataError
 
-EVALUATION_SPLITS = ("validation", "valid", "eval", "dev", "test")
-SPLIT_NAMES = ("train", *EVALUATION_SPLITS)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-LOCALE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
+HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<configuration>[\w.+-]+))?")
 
 __all__ = ["EVALUATION_SPLITS", "Source", "Table", "open_source", "read_table"]
 
@@ -42,30 +41,29 @@ class Source:
             DataError: no such split, or the file cannot be read.
         """
         if split not in self.splits:
-            near = difflib.get_close_matches(split, self.splits, n=1)
-            meant = f"; did you mean {near[0]}?" if near else ""
             raise DataError(
-                f"{self.name} has no split named {split!r}{meant}", hint=f"splits: {', '.join(self.splits)}"
+                f"{self.name} has no split named {split!r}{did_you_mean(split, self.splits)}",
+                hint=f"splits: {', '.join(self.splits)}",
             )
         return self.splits[split]()
 
 
-def read_table(source: str, *, split: str | None = None, revision: str | None = None) -> Table:
+def read_table(source: str, *, split: str | None = None) -> Table:
     """Read one split of ``source`` ("train" when it is not named).
 
     Args:
-        source: file, folder, saved data set or hub id.
+        source: file, folder, saved data set or hub id, with ``:configuration`` where the hub's data set has
+            several.
         split: name of the split.
-        revision: branch, tag or commit of a hub id.
 
     Raises:
         DataError: the source is missing, broken or has no such split.
     """
-    opened = open_source(source, revision=revision)
+    opened = open_source(source)
     return opened.table(split or ("train" if "train" in opened.splits else next(iter(opened.splits))))
 
 
-def open_source(source: str, *, revision: str | None = None) -> Source:
+def open_source(source: str) -> Source:
     """Find out what ``source`` is and which splits it has. Files are read only when a split is asked for.
 
     Raises:
@@ -80,9 +78,10 @@ def open_source(source: str, *, revision: str | None = None) -> Source:
         return _single_file(path)
     # A hub id has at most one slash and no data file's ending; a name in a folder that exists was meant as a
     # path.
-    looks_like_hub_id = HUB_ID.fullmatch(source) and path.suffix.lower() not in SUFFIXES
+    hub_id = HUB_ID.fullmatch(source)
+    looks_like_hub_id = hub_id and Path(hub_id["name"]).suffix.lower() not in SUFFIXES
     if looks_like_hub_id and ("/" not in source or not path.parent.is_dir()):
-        return _hub(source, revision)
+        return _hub(hub_id["name"], hub_id["configuration"])
     raise _missing(path)
 
 
@@ -95,9 +94,9 @@ def _missing(path: Path) -> DataError:
         return DataError(
             f"{path} does not exist: there is no folder {path.parent}", hint="give the path of a data file"
         )
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    near = nearest(path.name, names)
     return DataError(
-        f"{path} does not exist", hint=f"did you mean {folder / near[0]}?" if near else f"look in {folder}"
+        f"{path} does not exist", hint=f"did you mean {folder / near}?" if near else f"look in {folder}"
     )
 
 
@@ -127,34 +126,82 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _folder(folder: Path) -> Source:
-    groups: dict[str, list[tuple[Path, str | None]]] = {}
-    files = [(path, None) for path in _data_files(folder)]
-    for sub in sorted(
-        entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    ):
-        locale = sub.name if LOCALE.fullmatch(sub.name) and sub.name not in SPLIT_NAMES else None
-        if locale or sub.name == "data":
-            files += [(path, locale) for path in _data_files(sub)]
-    for path, locale in files:
-        split = _split_of(path)
-        if split:
-            groups.setdefault(split, []).append((path, locale))
+    """A folder's own files; where none is named after a split those of ``data/``, as in a copy of a hub data
+    set, or of a folder a locale."""
+    own = _data_files(folder)
+    groups = _by_split(own)
+    if not groups and (folder / "data").is_dir():
+        below = _data_files(folder / "data")
+        groups, own = _by_split(below), [*own, *below]
     if not groups:
-        if len(files) == 1:
-            return _single_file(files[0][0])
-        found = ", ".join(path.name for path, _ in files[:8]) or "no data files"
-        raise DataError(
-            f"{folder}: no file is named after a split ({found})",
-            hint="name them train.jsonl, validation.jsonl, test.jsonl (or .json, .csv, .parquet), or give "
-            "one file",
-        )
-    ordered = [name for name in SPLIT_NAMES if name in groups]
+        by_locale = {path.name: _by_split(_data_files(path)) for path in _sub_folders(folder)}
+        by_locale = {name: found for name, found in by_locale.items() if found and is_locale(name)}
+        if by_locale:
+            return _locales(folder, by_locale)
+        if len(own) == 1:
+            return _single_file(own[0])
+        raise _no_splits(folder, own)
     return Source(
-        str(folder), {name: (lambda name=name: _join(folder, name, groups[name])) for name in ordered}, True
+        str(folder),
+        {
+            name: (lambda name=name: _join(folder, name, [(path, None) for path in groups[name]]))
+            for name in _ordered(groups)
+        },
+        is_named=True,
     )
 
 
-def _join(folder: Path, split: str, files: list[tuple[Path, str | None]]) -> Table:
+def _sub_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _by_split(files: Sequence[Path]) -> dict[str, list[Path]]:
+    groups: dict[str, list[Path]] = {}
+    for path in files:
+        split = _split_of(path)
+        if split:
+            groups.setdefault(split, []).append(path)
+    return groups
+
+
+def _ordered(splits: Collection[str]) -> list[str]:
+    return [name for name in SPLIT_NAMES if name in splits]
+
+
+def _no_splits(folder: Path, files: Sequence[Path]) -> DataError:
+    found = ", ".join(path.name for path in files[:8]) or "no data files"
+    below = [f"{path.name}/" for path in _sub_folders(folder)]
+    if below:
+        found += f"; the sub-folders {', '.join(below[:8])} are not read, as their names are no locales"
+    return DataError(
+        f"{folder}: no file is named after a split ({found})",
+        hint="name them train.jsonl, validation.jsonl, test.jsonl (or .json, .csv, .parquet), or give one "
+        "file; a folder a locale is named like en-US/ and holds such files",
+    )
+
+
+def _locales(folder: Path, by_locale: Mapping[str, Mapping[str, list[Path]]]) -> Source:
+    splits = {name: _ordered(groups) for name, groups in by_locale.items()}
+    first = next(iter(splits))
+    for name, found in splits.items():
+        if found != splits[first]:
+            raise DataError(
+                f"{folder}: the folders of the locales do not have the same splits: {first} has "
+                f"{', '.join(splits[first])}, and {name} has {', '.join(found)}",
+                hint="add the files that are missing, or give the folder of one locale",
+            )
+
+    def read(split: str) -> Table:
+        files = [(path, name) for name, groups in by_locale.items() for path in groups[split]]
+        note = f"{folder} [{split}] joins the locales {', '.join(by_locale)}"
+        return dataclasses.replace(_join(folder, split, files), notes=(note,))
+
+    return Source(
+        str(folder), {split: (lambda split=split: read(split)) for split in splits[first]}, is_named=True
+    )
+
+
+def _join(folder: Path, split: str, files: Sequence[tuple[Path, str | None]]) -> Table:
     tables = []
     for path, locale in files:
         found = read_file(path)
@@ -179,14 +226,16 @@ class _Joined(Table):
         rows = [dict(row) for table in tables for row in table.rows]
         origins = tuple(table.where(index) for table in tables for index in range(len(table)))
         checked = make_table(source, rows, range(1, len(rows) + 1), "row")
-        return _Joined(source, rows, checked.columns, checked.places, "row", origins)
+        return _Joined(source, rows, checked.columns, checked.places, "row", origins=origins)
 
     def where(self, index: int) -> str:
         return self.origins[self.places[index] - 1]
 
     def select(self, indices: Any) -> "_Joined":
         part = super().select(indices)
-        return _Joined(self.source, part.rows, self.columns, part.places, self.unit, self.origins)
+        return _Joined(
+            self.source, part.rows, self.columns, part.places, self.unit, self.notes, origins=self.origins
+        )
 
 
 def _saved_dataset(folder: Path) -> Source:
@@ -199,7 +248,7 @@ def _saved_dataset(folder: Path) -> Source:
     return _from_datasets(str(folder), loaded)
 
 
-def _hub(name: str, revision: str | None) -> Source:
+def _hub(name: str, configuration: str | None) -> Source:
     import datasets
     import datasets.config
     import huggingface_hub
@@ -212,16 +261,18 @@ def _hub(name: str, revision: str | None) -> Source:
             hint="check the spelling; without a network give a local file or folder",
         )
     try:
-        loaded = datasets.load_dataset(name, revision=revision)
+        loaded = datasets.load_dataset(name, configuration)
     except Exception as error:  # the hub client raises a dozen classes of its own, requests' and httpx's
-        kind = type(error).__name__
+        kind, lines = type(error).__name__, str(error).splitlines() or ["no message"]
+        hint = "check the spelling; without a network give a local file or folder"
+        if "Config name is missing" in lines[0] or "BuilderConfig" in lines[0]:
+            hint = f"this data set has configurations: give one as {name}:CONFIGURATION"
         raise DataError(
             f"{name} is neither a file or folder here nor a data set that could be loaded from the hub "
-            f"({kind}: "
-            f"{str(error).splitlines()[0][:160] if str(error) else 'no message'})",
-            hint="check the spelling; without a network give a local file or folder",
+            f"({kind}: {lines[0][:160]})",
+            hint=hint,
         ) from error
-    return _from_datasets(name, loaded)
+    return _from_datasets(f"{name}:{configuration}" if configuration else name, loaded)
 
 
 def can_reach(url: str) -> bool:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from toolkit.config.names import did_you_mean
 from toolkit.data.examples import Example
+from toolkit.data.files import require_one_kind
 from toolkit.data.formats import FORMATS, DataFormat, RowError
 from toolkit.data.read import Table
 from toolkit.errors import DataError
@@ -38,15 +40,13 @@ def recognise(table: Table, *, data_format: str, data_mapping: Mapping[str, str]
         DataError: unknown format, a mapped column that is not there, or no format fits.
     """
     if data_format != "auto" and data_format not in FORMATS:
-        near = difflib.get_close_matches(data_format, FORMATS, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
         raise DataError(
-            f"unknown data format {data_format!r}{meant}", hint=f"known formats: {', '.join(FORMATS)}, auto"
+            f"unknown data format {data_format!r}{did_you_mean(data_format, FORMATS)}",
+            hint=f"known formats: {', '.join(FORMATS)}, auto",
         )
     for field, column in data_mapping.items():
         if column not in table.columns:
-            near = difflib.get_close_matches(column, table.columns, n=1)
-            meant = f"; did you mean {near[0]}?" if near else ""
+            meant = did_you_mean(column, table.columns)
             raise DataError(
                 f"{table.source}: --data-mapping {field}={column} names a column that is not there{meant}",
                 hint=f"columns: {', '.join(table.columns)}",
@@ -173,6 +173,7 @@ def build_examples(table: Table, layout: Layout) -> list[Example]:
     Raises:
         DataError: rows that do not keep to the format; the message names the first few with their place.
     """
+    require_one_kind(table, layout.columns.values())
     examples: list[Example] = []
     bad: list[str] = []
     num_bad = 0

@@ -1,5 +1,6 @@
 """Which rows are training rows and which are held out."""
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -70,7 +71,8 @@ def only_locale(table: Table, locale: str) -> Table:
             f"{table.source} has no rows of the locale {locale}",
             hint=f"locales: {', '.join(present[:20])}{more}",
         )
-    return table.select(chosen)
+    # What is noted about a join of locales no longer holds for one of them.
+    return dataclasses.replace(table.select(chosen), notes=())
 
 
 def hold_out(digests: Sequence[bytes], fraction: float, seed: int) -> tuple[list[int], list[int]]:

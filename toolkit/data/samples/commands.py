@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from toolkit import collection, wheels
+from toolkit.cache_folder import cache_folder
 from toolkit.config.option_help import options_help
 from toolkit.config.options import Options
 from toolkit.data.samples import conversations
@@ -70,7 +71,7 @@ def samples(argv: Sequence[str]) -> int:
     began = time.monotonic()
     folder = make(
         name,
-        config.out or wheels.cache_folder() / "data" / name,
+        config.out or cache_folder() / "data" / name,
         locales=sorted(LOCALES) if config.locales == ["all"] else config.locales,
         languages=conversations.languages() if config.languages == ["all"] else config.languages,
         source=config.source,

@@ -1,0 +1,27 @@
+"""Which folder names are locales."""
+
+import re
+
+LOCALE = re.compile(
+    r"(?P<language>[a-z]{2,3})(?P<script>[-_][A-Z][a-z]{3})?(?P<region>[-_]([A-Z]{2}|[0-9]{3}))?"
+)
+ISO_639_1 = """
+aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz
+ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik
+io is it iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml
+mn mr ms mt my na nb nd ne ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd
+se sg sh si sk sl sm sn so sq sr ss st su sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve
+vi vo wa wo xh yi yo za zh zu
+"""
+LANGUAGES = frozenset(ISO_639_1.split())
+
+
+def is_locale(name: str) -> bool:
+    """Whether ``name`` is a language of ISO 639-1, or a language with its script or region: sq, en-US, zh_TW,
+    sr-Latn, fil-PH. Three letters alone (old, raw, tmp) are not."""
+    found = LOCALE.fullmatch(name)
+    if found is None:
+        return False
+    if len(found["language"]) == 2:
+        return found["language"] in LANGUAGES
+    return bool(found["script"] or found["region"])
