@@ -31,11 +31,13 @@ LAYERS = (
     {"training", "merging", "evaluation"},
     {"modeling", "data", "languages"},
     {"toolkit_kernels", "config", "launch", "reporting", "collection", "wheels"},
-    {"durable", "errors", "terminal"},
+    {"cache_folder", "dependencies", "durable", "errors", "terminal"},
 )
 
 # What --help, --dry-run and every configuration error pass through: answers in a fraction of a second.
 TORCH_FREE = (
+    "cache_folder",
+    "dependencies",
     "errors",
     "durable",
     "config",
@@ -46,6 +48,8 @@ TORCH_FREE = (
     "wheels",
     "collection",
     "reporting.records",
+    "reporting.resources",
+    "reporting.trackers",
 )
 HEAVY = {
     "torch",

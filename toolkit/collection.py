@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 from filelock import FileLock
 
 from toolkit import durable
+from toolkit.cache_folder import cache_folder
 from toolkit.config.load import Loaded, load
 from toolkit.config.names import did_you_mean
 from toolkit.config.options import Options
 from toolkit.errors import CheckpointError, ConfigError, InputError, RunDirectoryError
-from toolkit.wheels import Announce, cache_folder, silent
+from toolkit.wheels import Announce, silent
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 

@@ -7,7 +7,6 @@ is installed already, its files are used in place.
 
 import fnmatch
 import importlib.metadata
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock
 
 from toolkit import durable
+from toolkit.cache_folder import cache_folder
 from toolkit.errors import CheckpointError, MeldkitError
 
 Announce = Callable[[str], None]
@@ -61,12 +61,6 @@ class Wheel:
     @property
     def url(self) -> str:
         return f"https://pypi.org/project/{self.package}/{self.version}/"
-
-
-def cache_folder() -> Path:
-    """Return the folder in which meldkit keeps what it can fetch or compute again."""
-    configured = os.environ.get("MELDKIT_CACHE")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "meldkit"
 
 
 def unpacked(wheel: Wheel, *, announce: Announce = silent) -> Path:

@@ -1,3 +1,5 @@
+import importlib.machinery
+import importlib.util
 import json
 import os
 import signal
@@ -88,6 +90,28 @@ def test_the_guides_command_without_data_says_how_to_get_some(capsys):
     assert message.startswith("error: data: there is no data/train.json")
     assert "eval_data: there is no data/valid.json" in message
     assert "hint: meldkit data samples" in message
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_tracker_that_is_not_installed_is_said_before_anything_starts(
+    recipe_run, capsys, monkeypatch, more
+):
+    Path("wandb").mkdir()  # a folder that W&B itself leaves behind is no package
+    monkeypatch.syspath_prepend(".")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: (
+            importlib.machinery.PathFinder.find_spec(name, ["."]) if name == "wandb" else found(name)
+        ),
+    )
+    calls = recipe_run(lambda config, plan: 0)
+    assert run_recipe("centralized-hf", [*COMPLETE, "--report-to", "tensorboard,wandb", *more]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: --report-to wandb needs the package wandb, which is not installed")
+    assert 'pip install "meldkit[report]"' in message
+    assert calls == []
 
 
 def test_a_run_gets_the_configuration_and_the_plan(recipe_run):

@@ -13,6 +13,7 @@ import pytest
 from toolkit.config.options import LaunchOptions, QuantizationOptions, TrainingOptions
 from toolkit.errors import LaunchError, MissingDependencyError
 from toolkit.launch import deepspeed
+from toolkit.launch import plan as plan_module
 from toolkit.launch.plan import LaunchPlan, is_launched, resolve_plan
 
 Machine = Callable[..., list[Any]]
@@ -233,6 +234,7 @@ def test_what_is_not_installed_is_said_before_anything_starts(
 ) -> None:
     machine(0)
     monkeypatch.setattr(deepspeed, "is_installed", lambda module: False)
+    monkeypatch.setattr(plan_module, "is_installed", lambda module: False)
     with pytest.raises(
         MissingDependencyError, match="--deepspeed zero2 needs the package deepspeed"
     ) as error:

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 
+from toolkit.dependencies import is_installed
 from toolkit.errors import MissingDependencyError
 from toolkit.reporting import listeners, trackers
 from toolkit.reporting.log_file import LogFile
@@ -137,6 +138,18 @@ def test_the_log_is_appended_to_and_in_utc_and_has_the_warnings(fake_run, tmp_pa
         assert unexpected not in text
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_in_the_log_whatever_the_logging_steps(fake_run, tmp_path, loss):
+    log = LogFile(tmp_path / "training.log", level="INFO", logging_steps=100)
+    for step in (2, 3):
+        record = fake_run.step_record("m", step, 10, 0.1)
+        log.handle(record if step == 2 else dataclasses.replace(record, loss=loss))
+    log.close()
+    lines = (tmp_path / "training.log").read_text().splitlines()
+    assert len(lines) == 1
+    assert "step 3/10" in lines[0]
+
+
 def test_closing_the_log_leaves_the_loggers_as_they_were(tmp_path):
     before = [
         (logging.getLogger(n).handlers[:], logging.getLogger(n).level)
@@ -198,7 +211,7 @@ def test_a_lost_loss_reaches_tensorboard(fake_run, make_config):
     assert math.isnan(read_events(config.output_dir / "m" / "logs")["train/loss"][0][1])
 
 
-@pytest.mark.skipif(trackers.is_installed("wandb"), reason="W&B is installed here")
+@pytest.mark.skipif(is_installed("wandb"), reason="W&B is installed here")
 def test_a_tracker_that_is_not_installed_is_known_before_training(make_config):
     config = make_config(report_to=["tensorboard", "wandb"])
     errors = trackers.missing_trackers(config)

@@ -58,8 +58,16 @@ class _Starter:
             return self._print_config(loaded) if is_main else 0
         if request.dry_run:
             return self._dry_run(loaded) if is_main else 0
-        check_files(loaded.config, self.recipe)
+        self._check_inputs(loaded.config)
         return self._run(loaded)
+
+    def _check_inputs(self, config: Any) -> None:
+        """Raise for a file that is not there or a tracker that is not installed, while nothing has begun."""
+        from toolkit.reporting.trackers import missing_trackers
+
+        check_files(config, self.recipe)
+        for error in missing_trackers(config):
+            raise error
 
     def _run(self, loaded: Loaded[Any]) -> int:
         from toolkit.launch.plan import is_launched, resolve_plan
@@ -125,7 +133,7 @@ class _Starter:
             out(f"#   {shell_line(plan, module)}")
         else:
             out(f"#   {shlex.join(['meldkit', *module[1:]])}")
-        check_files(loaded.config, self.recipe)
+        self._check_inputs(loaded.config)
         out("\n# Dry run: nothing was started.")
         return 0
 

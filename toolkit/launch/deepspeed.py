@@ -1,6 +1,5 @@
 """DeepSpeed: the configuration that the Trainer fills, and what is checked before anything starts."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -9,18 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.cache_folder import cache_folder
 from toolkit.config.options import Options, TrainingOptions
+from toolkit.dependencies import is_installed
 from toolkit.errors import LaunchError, MissingDependencyError
 
 if TYPE_CHECKING:
     from toolkit.launch.plan import LaunchPlan
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
-
-
-def is_installed(module: str) -> bool:
-    """Whether a module can be imported, without importing it."""
-    return importlib.util.find_spec(module) is not None
 
 
 def check(
@@ -191,13 +187,8 @@ def environment(device: str, environ: Mapping[str, str] = os.environ) -> dict[st
     The folder for the operators that it builds is the user's choice (TORCH_EXTENSIONS_DIR), else one of
     meldkit's.
     """
-    cache = environ.get("MELDKIT_CACHE") or str(
-        Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meldkit"
-    )
-    variables = {
-        "PATH": _search_path(environ),
-        "TORCH_EXTENSIONS_DIR": environ.get("TORCH_EXTENSIONS_DIR") or str(Path(cache) / "torch_extensions"),
-    }
+    built = environ.get("TORCH_EXTENSIONS_DIR") or str(cache_folder(environ) / "torch_extensions")
+    variables = {"PATH": _search_path(environ), "TORCH_EXTENSIONS_DIR": built}
     if device == "cpu":
         variables["DS_ACCELERATOR"] = "cpu"
     return variables

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.config.options import LaunchOptions, Options, QuantizationOptions
+from toolkit.dependencies import is_installed
 from toolkit.errors import LaunchError, MissingDependencyError
 from toolkit.launch import deepspeed, devices
 from toolkit.launch.world import LaunchedWorld, is_launched, launched_world
@@ -77,7 +78,7 @@ class LaunchPlan:
         elif self.device == "cpu":
             # Never together with DeepSpeed: accelerate then switches DeepSpeed off without a word.
             variables["ACCELERATE_USE_CPU"] = "true"
-            if deepspeed.is_installed("deepspeed"):
+            if is_installed("deepspeed"):
                 # accelerate imports it also where it is not used, and told nothing it warns of having no GPU.
                 variables["DS_ACCELERATOR"] = "cpu"
         return variables
@@ -256,7 +257,7 @@ def _check_quantization(config: Options, stage: int | None, precision: str, note
     if not isinstance(config, QuantizationOptions) or not (config.load_in_4bit or config.load_in_8bit):
         return None
     flag = "--load-in-4bit" if config.load_in_4bit else "--load-in-8bit"
-    if not deepspeed.is_installed("bitsandbytes"):
+    if not is_installed("bitsandbytes"):
         raise MissingDependencyError("bitsandbytes", purpose=flag)
     if stage != 3:
         return None

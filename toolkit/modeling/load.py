@@ -1,6 +1,5 @@
 """Load a base model."""
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from transformers import (
     GgufConfig,
 )
 
+from toolkit.dependencies import is_installed
 from toolkit.errors import MissingDependencyError, ModelError
 from toolkit.modeling.source import ModelSource, find_model
 
@@ -88,7 +88,7 @@ def quantization_config(config: Any, plan: Any) -> BitsAndBytesConfig | None:
     """bitsandbytes' settings for ``--load-in-4bit`` and ``--load-in-8bit``; None without them."""
     if not (config.load_in_4bit or config.load_in_8bit):
         return None
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if not is_installed("bitsandbytes"):
         option = "--load-in-4bit" if config.load_in_4bit else "--load-in-8bit"
         raise MissingDependencyError("bitsandbytes", purpose=option)
     if config.load_in_8bit:

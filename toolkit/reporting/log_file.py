@@ -1,6 +1,7 @@
 """training.log: every record of a run, and what the libraries say meanwhile, with UTC times."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +78,7 @@ class LogFile:
     def handle(self, record: Record) -> None:
         if isinstance(record, StepRecord):
             ends = record.step in (1, record.num_steps)
-            if ends or record.step % self._logging_steps == 0 or record.loss != record.loss:
+            if ends or record.step % self._logging_steps == 0 or not math.isfinite(record.loss):
                 norm = "" if record.grad_norm is None else f"  grad norm {wording.number(record.grad_norm)}"
                 self._say(
                     logging.INFO,

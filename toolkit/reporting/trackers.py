@@ -4,7 +4,6 @@ A tracker is a listener of its own, so that one that fails is warned about and l
 """
 
 import importlib
-import importlib.util
 import math
 import socket
 import time
@@ -12,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.dependencies import is_installed
 from toolkit.errors import MissingDependencyError
 from toolkit.reporting.records import EvaluationRecord, Record, RunEnd, RunStart, StepRecord
 
@@ -30,12 +30,6 @@ def missing_trackers(config: "ReportingConfig") -> list[MissingDependencyError]:
         for name in dict.fromkeys(config.report_to)
         if not is_installed(name)
     ]
-
-
-def is_installed(name: str) -> bool:
-    """Whether the package can be imported; a folder of that name (W&B makes one) does not count."""
-    found = importlib.util.find_spec(name)
-    return found is not None and found.origin is not None
 
 
 def build_trackers(

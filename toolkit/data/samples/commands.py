@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from toolkit import collection, wheels
+from toolkit import collection
 from toolkit.cache_folder import cache_folder
 from toolkit.config.option_help import options_help
 from toolkit.config.options import Options

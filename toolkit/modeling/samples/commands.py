@@ -5,7 +5,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from toolkit import collection, wheels
+from toolkit import collection
+from toolkit.cache_folder import cache_folder
 from toolkit.config.option_help import options_help
 from toolkit.config.options import Options
 from toolkit.modeling.samples.catalog import MODELS, SampleModel, make
@@ -33,7 +34,7 @@ def models(argv: Sequence[str]) -> int:
         raise collection.unknown_name("sample model", name, MODELS, hint="meldkit models lists them")
     config = collection.read_options(ModelsConfig, rest).config
     began = time.monotonic()
-    folder = make(name, config.out or wheels.cache_folder() / "models" / name, announce=_tell)
+    folder = make(name, config.out or cache_folder() / "models" / name, announce=_tell)
     _tell(f"{name}: {_size(folder) / 1e6:.1f} MB, {time.monotonic() - began:.1f} s")
     sys.stdout.write(f"{folder}\n")
     return 0
