@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -201,8 +203,6 @@ def test_tensorboard_shows_each_step_once_after_a_resume(fake_run, make_config):
 
 
 def test_a_lost_loss_reaches_tensorboard(fake_run, make_config):
-    import dataclasses
-    import math
 
     config = make_config(report_to=["tensorboard"])
     tracker = trackers.build_trackers(config.output_dir, config)[0]
