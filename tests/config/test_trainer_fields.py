@@ -58,6 +58,18 @@ def test_what_governs_an_argument_is_an_option():
         ("max_length=1", "is governed by the option 'max_length'; use that"),
         ("hub_token=hf_x", "is a secret, and options are recorded"),
         ("remove_unused_columns=true", "is set by meldkit itself"),
+        ("save_only_model=true", "a checkpoint cannot be resumed from"),
+        ("ignore_data_skip=true", "a resumed run would train on rows a second time"),
+        ("auto_find_batch_size=true", "batch_size is recorded and must hold"),
+        ("eval_on_start=true", "there is always an evaluation before training"),
+        ("push_to_hub=true", "a run sends nothing anywhere"),
+        ("dataloader_drop_last=true", "every row is trained in every epoch"),
+        ("logging_nan_inf_filter=true", "it hides a loss that is not finite"),
+        ("accelerator_config=x.json", "how batches are made and shared out is fixed"),
+        ("fsdp=full_shard", "the option 'deepspeed' shards"),
+        ("fsdp_config=x.json", "the option 'deepspeed' shards"),
+        ("parallelism_config=x", "the launch options decide the processes"),
+        ("ddp_backend=mpi", "the launch options decide the device"),
         (
             "neftune_alpha=5",
             "the installed SFTConfig has no such argument; did you mean 'neftune_noise_alpha'?",
@@ -73,6 +85,11 @@ def test_arguments_that_are_not_passed_through(problems, argument, message):
     assert len(found) == 1
     assert found[0].startswith(f"--trainer-args {argument.split('=')[0]}: ")
     assert message in found[0]
+
+
+def test_what_changes_no_contract_is_passed_through(loaded):
+    given = ["--trainer-args", "use_liger_kernel=true", "--trainer-args", "neftune_noise_alpha=5"]
+    assert loaded(*given).config.trainer_args == {"use_liger_kernel": True, "neftune_noise_alpha": 5}
 
 
 def test_each_task_has_its_class(loaded, problems):

@@ -68,17 +68,33 @@ GOVERNED = {
     "trust_remote_code": "trust_remote_code",
 }
 
-# Arguments that meldkit sets itself: another value would break a run.
+# Arguments that meldkit sets itself: another value would break a run. The reason, for the error.
+_SHARDING = "the option 'deepspeed' shards; other ways are not supported"
 SET_BY_MELDKIT = {
-    "do_train",
-    "do_eval",
-    "do_predict",
-    "local_rank",
-    "remove_unused_columns",
-    "dataset_kwargs",
-    "shuffle_dataset",
-    "model_init_kwargs",
-    "label_names",
+    "do_train": "a recipe trains",
+    "do_eval": "the option 'eval_every' decides",
+    "do_predict": "a recipe evaluates before and after training",
+    "local_rank": "the launcher sets it",
+    "remove_unused_columns": "the data has the columns that are needed",
+    "dataset_kwargs": "the data is prepared already",
+    "shuffle_dataset": "the seed decides the order of the rows",
+    "model_init_kwargs": "the model is built already",
+    "label_names": "the data has its labels under one name",
+    "save_only_model": "without the optimizer's state a checkpoint cannot be resumed from",
+    "ignore_data_skip": "a resumed run would train on rows a second time",
+    "auto_find_batch_size": "batch_size is recorded and must hold, also after a resume",
+    "eval_on_start": "there is always an evaluation before training",
+    "load_best_model_at_end": "final_model/ is the model after the last step",
+    "enable_jit_checkpoint": "an interrupted run commits a checkpoint by itself",
+    "restore_callback_states_from_checkpoint": "the run directory holds what a resume needs",
+    "push_to_hub": "a run sends nothing anywhere; upload final_model/ when it is done",
+    "dataloader_drop_last": "every row is trained in every epoch",
+    "logging_nan_inf_filter": "it hides a loss that is not finite",
+    "accelerator_config": "how batches are made and shared out is fixed, so that a resume finds the same ones",
+    "parallelism_config": "the launch options decide the processes",
+    "ddp_backend": "the launch options decide the device, and so the backend",
+    "fsdp": _SHARDING,
+    "fsdp_config": _SHARDING,
 }
 
 # Options are recorded in every run directory; a secret must not be.
@@ -120,12 +136,12 @@ def trainer_args_problems(trainer_args: dict[str, Any], task: str) -> Iterator[t
         for name in trainer_args:
             yield name, f"cannot be checked against the installed {package} ({error})"
         return
-    free = sorted(fields - GOVERNED.keys() - SET_BY_MELDKIT - SECRET)
+    free = sorted(fields - GOVERNED.keys() - SET_BY_MELDKIT.keys() - SECRET)
     for name in trainer_args:
         if name in GOVERNED:
             yield name, f"is governed by the option '{GOVERNED[name]}'; use that"
         elif name in SET_BY_MELDKIT:
-            yield name, "is set by meldkit itself"
+            yield name, f"is set by meldkit itself: {SET_BY_MELDKIT[name]}"
         elif name in SECRET:
             yield name, "is a secret, and options are recorded; set the environment variable HF_TOKEN"
         elif name not in fields:
