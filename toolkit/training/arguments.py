@@ -1,6 +1,7 @@
 """From our options to the arguments of transformers' Trainer and TRL's SFTTrainer."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
+from toolkit.config.trainer_fields import GOVERNED
 from toolkit.errors import ConfigError
 
 
@@ -22,7 +24,7 @@ def build_arguments(config: Any, world: Mapping[str, Any], staging: Path) -> Tra
         staging: folder into which the Trainer writes checkpoints that are not committed yet.
 
     Raises:
-        ConfigError: ``trainer_args`` has a value that the installed version refuses.
+        ConfigError: an option or ``trainer_args`` has a value that the installed version refuses.
     """
     causal = config.task == "causal-lm"
     arguments_class = SFTConfig if causal else TrainingArguments
@@ -64,9 +66,15 @@ def build_arguments(config: Any, world: Mapping[str, Any], staging: Path) -> Tra
     try:
         return arguments_class(**values)
     except (TypeError, ValueError) as error:
-        if not config.trainer_args:
-            raise
-        raise ConfigError([f"trainer_args: {error}"]) from error
+        named = _options_named_in(str(error)) or (["trainer_args"] if config.trainer_args else [])
+        where = f"{', '.join(named)}: " if named else ""
+        raise ConfigError([f"{where}the installed {arguments_class.__name__} refuses: {error}"]) from error
+
+
+def _options_named_in(text: str) -> list[str]:
+    """Our options that govern the arguments of the trainer which a message of it names."""
+    words = set(re.findall(r"\w+", text))
+    return sorted({option for argument, option in GOVERNED.items() if argument in words})
 
 
 def _checkpointing(arguments_class: type, config: Any) -> dict[str, Any]:
