@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "transformers", "datasets", "trl", "peft", "accelerate", "unsloth", "numpy")
+HEAVY = ("torch", "transformers", "datasets", "trl", "peft", "accelerate", "unsloth", "numpy", "hassil")
 
 
 @pytest.fixture

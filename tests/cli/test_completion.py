@@ -5,6 +5,7 @@ import pytest
 
 from toolkit.cli.completion import script
 from toolkit.config.recipes import RECIPES
+from toolkit.modeling.samples.catalog import MODELS
 
 COMPLETE = """
 source {file}
@@ -39,6 +40,15 @@ def test_bash_completes_commands_recipes_options_and_choices(complete):
     assert complete("meldkit train centralized-hf --no-pack") == {"--no-packing"}
     assert complete("meldkit train centralized-hf --quant-type n") == {"nf4"}
     assert complete("meldkit data ch") == {"check"}
+    assert complete("meldkit data check --max-le") == {"--max-length", "--max-leaks"}
+    assert complete("meldkit data check --loss-on as") == {"assistant"}
+    assert complete("meldkit data check --js") == {"--json"}
+    assert complete("meldkit data preview --num") == {"--num-rows"}
+    assert complete("meldkit data split --cl") == {"--clients"}
+    assert complete("meldkit data samples co") == {"conversations"}
+    assert complete("meldkit data samples intents --loc") == {"--locales"}
+    assert complete("meldkit models --o") == {"--out"}
+    assert complete("meldkit models tiny") == {name for name in MODELS if name.startswith("tiny")} != set()
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])

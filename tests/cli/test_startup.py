@@ -22,6 +22,10 @@ RECIPE = ["train", "centralized-hf"]
         ([*RECIPE, "--trainer-args", "neftune_alpha=5"], 2),
         (RECIPE, 2),  # the guide's files are not there
         (["data", "--help"], 0),
+        (["data", "check", "--help"], 0),
+        (["data", "preview", "--help"], 0),
+        (["data", "split", "--help"], 0),
+        (["data", "samples", "--help"], 0),
         (["completion", "--help"], 0),
         (["completion", "bash"], 0),
         (["models", "--help"], 0),

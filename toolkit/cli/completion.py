@@ -5,11 +5,13 @@ import argparse
 import shtab
 
 from toolkit.cli.help import COMMANDS, DATA_COMMANDS, SHELLS
+from toolkit.config.data_commands import DataCheckConfig, PreviewConfig, SplitConfig
 from toolkit.config.options import Options
 from toolkit.config.recipes import RECIPES
 from toolkit.config.schema import Option, options_of
 
 SOURCE_OPTIONS = {"data", "eval_data", "model", "tokenizer"}
+FOLDER_OPTIONS = {"output_dir", "out"}
 
 
 def script(shell: str) -> str:
@@ -28,10 +30,21 @@ def parser() -> argparse.ArgumentParser:
     for name, config_class in RECIPES.items():
         _add_recipe(recipes.add_parser(name, help=(config_class.__doc__ or "").splitlines()[0]), config_class)
     data = commands.add_parser("data", help=COMMANDS["data"]).add_subparsers(dest="data_command")
+    samples, options_of_data = _data_commands()
     for name, text in DATA_COMMANDS.items():
-        _add_file(data.add_parser(name, help=text))
+        command = data.add_parser(name, help=text)
+        if name == "samples":
+            command.add_argument("name", nargs="?", choices=samples)
+        if name in options_of_data:
+            _add_options(command, options_of_data[name])
+        if name == "check":
+            command.add_argument("--json", action="store_true", help="Short for --output json.")
+    from toolkit.modeling.samples.catalog import MODELS
+    from toolkit.modeling.samples.commands import ModelsConfig
+
     models = commands.add_parser("models", help=COMMANDS["models"])
-    _completed(models.add_argument("--out", help="Folder of the model."), shtab.DIRECTORY)
+    models.add_argument("name", nargs="?", choices=list(MODELS))
+    _add_options(models, ModelsConfig)
     completion = commands.add_parser("completion", help=COMMANDS["completion"])
     completion.add_argument("shell", choices=list(SHELLS))
     return top
@@ -42,17 +55,30 @@ def _completed(action: argparse.Action, how: object) -> None:
     vars(action)["complete"] = how
 
 
-def _add_file(command: argparse.ArgumentParser) -> None:
-    _completed(command.add_argument("file", nargs="*"), shtab.FILE)
+def _data_commands() -> tuple[list[str], dict[str, type[Options]]]:
+    """The names of the sample data sets, and the options of each command on data."""
+    from toolkit.data.samples.catalog import DATA
+    from toolkit.data.samples.commands import SamplesConfig
+
+    return list(DATA), {
+        "check": DataCheckConfig,
+        "preview": PreviewConfig,
+        "split": SplitConfig,
+        "samples": SamplesConfig,
+    }
 
 
 def _add_recipe(recipe: argparse.ArgumentParser, config_class: type[Options]) -> None:
-    for option in options_of(config_class).values():
-        _add_option(recipe, option)
+    _add_options(recipe, config_class)
     for flag in ("--config", "--config-file", "--save-config"):
         _completed(recipe.add_argument(flag, nargs="?", help=_one_line("A YAML or JSON file.")), shtab.FILE)
     for flag in ("--dry-run", "--print-config", "--debug"):
         recipe.add_argument(flag, action="store_true")
+
+
+def _add_options(command: argparse.ArgumentParser, config_class: type[Options]) -> None:
+    for option in options_of(config_class).values():
+        _add_option(command, option)
 
 
 def _add_option(recipe: argparse.ArgumentParser, option: Option) -> None:
@@ -62,7 +88,7 @@ def _add_option(recipe: argparse.ArgumentParser, option: Option) -> None:
         return
     choices = list(option.choices) if option.choices else None
     action = recipe.add_argument(option.flag, choices=choices, help=text)
-    if option.name == "output_dir" or option.name.endswith("_cache"):
+    if option.name in FOLDER_OPTIONS or option.name.endswith("_cache"):
         _completed(action, shtab.DIRECTORY)
     elif option.kind == "path" or option.name in SOURCE_OPTIONS:
         _completed(action, shtab.FILE)

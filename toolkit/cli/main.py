@@ -15,10 +15,7 @@ def main(argv: list[str]) -> int:
     """Run the command line ``meldkit ARGV`` and return its exit status."""
     debug = argv[:1] == ["--debug"]
     argv = argv[1:] if debug else argv
-    try:
-        return guarded(lambda: _main(argv, debug=debug), debug=debug or "--debug" in argv)
-    except SystemExit as request:  # argparse, in the commands that use it, leaves like this
-        return request.code if isinstance(request.code, int) else int(request.code is not None)
+    return guarded(lambda: _main(argv, debug=debug), debug=debug or "--debug" in argv)
 
 
 def _main(argv: list[str], *, debug: bool) -> int:
