@@ -1,26 +1,20 @@
 """What the sample models and the sample data sets share: names, and folders that are whole or not there."""
 
+import contextlib
 import difflib
-import hashlib
+import fcntl
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
-
-from filelock import FileLock
+from typing import Any
 
 from toolkit import durable
-from toolkit.cache_folder import cache_folder
-from toolkit.config.load import Loaded, load
 from toolkit.config.names import did_you_mean
-from toolkit.config.options import Options
-from toolkit.errors import CheckpointError, ConfigError, InputError, RunDirectoryError
+from toolkit.errors import InputError, RunDirectoryError
 from toolkit.wheels import Announce, silent
-
-OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str) -> InputError:
@@ -35,21 +29,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str) -> In
     return InputError(f"there is no {kind} named {name!r}{meant}", hint=hint)
 
 
-def read_options(config_class: type[OptionsT], argv: Sequence[str]) -> Loaded[OptionsT]:
-    """Read the options that follow the NAME of a sample.
-
-    Raises:
-        ConfigError: all problems; also a flag that only training has, which would otherwise do nothing here.
-    """
-    loaded = load(config_class, list(argv))
-    flags = {"--dry-run": loaded.request.dry_run, "--print-config": loaded.request.print_config}
-    flags["--save-config"] = loaded.request.save_config is not None
-    problems = [f"{flag} is a flag of meldkit train" for flag, is_given in flags.items() if is_given]
-    if problems:
-        raise ConfigError(problems)
-    return loaded
-
-
 def make_folder(
     out_dir: Path,
     facts: Mapping[str, Any],
@@ -62,24 +41,25 @@ def make_folder(
     Args:
         out_dir: the folder that is wanted.
         facts: what the content depends on (name, options, versions); JSON values. They are kept in its
-        manifest. build: writes the content into the empty folder that it is given.
+            manifest.
+        build: writes the content into the empty folder that it is given.
 
     Raises:
         RunDirectoryError: ``out_dir`` holds something else; it is left alone.
     """
     out_dir = out_dir.expanduser().absolute()
-    lock_name = hashlib.sha256(os.fsencode(out_dir)).hexdigest()[:16]
-    locks = cache_folder() / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
+    if _is_kept(out_dir, dict(facts)):
+        announce(f"{out_dir} is complete already and is kept")
+        return out_dir
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot make the folder {out_dir.parent}: {error.strerror}") from error
     # Two processes that want the same folder: one builds, the other waits and keeps what it finds.
-    with FileLock(locks / f"{lock_name}.lock"):
+    with _alone_in(out_dir.parent):
         if _is_kept(out_dir, dict(facts)):
             announce(f"{out_dir} is complete already and is kept")
             return out_dir
-        try:
-            out_dir.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunDirectoryError(f"cannot make the folder {out_dir.parent}: {error.strerror}") from error
         prefix = f"{durable.STAGING_PREFIX}{out_dir.name}-"
         for leftover in out_dir.parent.glob(f"{prefix}*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -93,6 +73,18 @@ def make_folder(
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return out_dir
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the lock of ``folder`` itself: no file is left beside the result, and none lies in a cache that
+    the result does not need. It goes with a killed process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _is_kept(out_dir: Path, facts: dict[str, Any]) -> bool:
@@ -124,15 +116,3 @@ def _is_kept(out_dir: Path, facts: dict[str, Any]) -> bool:
         if not path.is_file() or path.stat().st_size != num_bytes:
             raise RunDirectoryError(f"{path} is missing or was changed since it was made", hint=advice)
     return True
-
-
-def verify(out_dir: Path) -> None:
-    """Compare every byte of a folder of the collection with its manifest.
-
-    Raises:
-        RunDirectoryError: a file is missing or changed.
-    """
-    try:
-        durable.verify_folder(out_dir)
-    except CheckpointError as error:
-        raise RunDirectoryError(str(error)) from error

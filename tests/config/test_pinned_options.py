@@ -13,8 +13,8 @@ PINNED = {
         "Quantization of the frozen base": ("load_in_4bit load_in_8bit nested_quant quant_type"),
         "Data": (
             "data* eval_data train_split eval_split eval_fraction data_format data_mapping locale "
-            "max_length overlong loss_on packing length_grouping max_rows skip_data_check "
-            "min_trainable_share max_lost_rows max_duplicates max_leaks data_cache"
+            "max_length loss_on max_rows overlong packing skip_data_check "
+            "min_trainable_share max_lost_rows max_duplicates max_leaks data_cache length_grouping"
         ),
         "Training": (
             "max_epochs max_steps batch_size eval_batch_size gradient_accumulation_steps learning_rate "

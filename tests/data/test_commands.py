@@ -92,7 +92,10 @@ def test_check_without_a_tokenizer_needs_neither_torch_nor_transformers(data):
 
 def test_check_of_labelled_rows(write_jsonl, tokenizer_folder, capsys):
     rows = [{"utt": f"say {n}", "intent": "often" if n else "rare"} for n in range(30)]
-    assert main(["data", "check", "--data", write_jsonl(rows), "--tokenizer", tokenizer_folder]) == 0
+    argv = ["data", "check", "--data", write_jsonl(rows), "--tokenizer", tokenizer_folder]
+    assert main(argv) == 2, "as training does without --task"
+    assert "use --task sequence-classification" in capsys.readouterr().err
+    assert main([*argv, "--task", "sequence-classification"]) == 0
     text = capsys.readouterr().out
     assert "sequence-classification" in text
     assert "the commonest label has 29 rows and the rarest 1" in text
@@ -177,6 +180,80 @@ def test_split_and_formats(data, tmp_path, capsys):
     assert main(["data", "formats"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ("messages", "sharegpt", "alpaca", "feedback", "massive"))
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_a_label_that_nobody_reads_is_a_warning(write_jsonl, tokenizer_folder, capsys, with_tokenizer):
+    argv = ["data", "check", "--data", write_jsonl([{"text": f"say {n}", "label": n % 2} for n in range(9)])]
+    argv += ["--tokenizer", tokenizer_folder] * with_tokenizer
+    warning = "the column 'label' is not used with --task causal-lm"
+    for _ in range(2):  # the second time with a tokenizer from the cache
+        assert main(argv) == 0
+        assert warning in " ".join(capsys.readouterr().out.split())
+    assert main([*argv, "--task", "sequence-classification"]) == 0
+    assert "not used" not in capsys.readouterr().out
+
+
+def test_the_report_says_which_locales_were_joined(write_jsonl, tmp_path, capsys):
+    for locale in ("en-US", "sq-AL"):
+        write_jsonl([{"text": f"{locale} {n}"} for n in range(3)], f"many/{locale}/train.jsonl")
+    assert main(["data", "check", "--data", str(tmp_path / "many"), "--json"]) == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert f"{tmp_path / 'many'} [train] joins the locales en-US, sq-AL" in notes
+    assert main(["data", "check", "--data", str(tmp_path / "many"), "--locale", "sq-AL", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["train"]["num_rows"] == 3
+    assert not any("joins" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize("command", ["check", "preview", "split"])
+@pytest.mark.parametrize("flag", ["--dry-run", "--print-config", "--save-config"])
+def test_flags_of_training_are_refused(command, flag, data, tmp_path, capsys):
+    argv = ["--out", str(tmp_path / "parts")] if command == "split" else []
+    assert main(["data", command, "--data", data, *argv, flag]) == 2
+    assert f"{flag} is a flag of meldkit train" in capsys.readouterr().err
+    assert not (tmp_path / "parts").exists()
+
+
+@pytest.mark.parametrize("command", ["check", "preview", "split"])
+def test_a_command_alone_prints_its_usage_and_exits_with_2(command, capsys):
+    assert main(["data", command]) == 2
+    assert f"meldkit data {command} --data DATA" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("check", "--length-grouping"),
+        *(
+            ("preview", flag)
+            for flag in (
+                "--overlong=drop",
+                "--packing",
+                "--length-grouping",
+                "--skip-data-check",
+                "--max-leaks=0.5",
+                "--data-cache=x",
+            )
+        ),
+    ],
+)
+def test_options_without_effect_are_unknown(command, flag, data, tokenizer_folder, capsys):
+    assert main(["data", command, "--data", data, "--tokenizer", tokenizer_folder, flag]) == 2
+    assert f"{flag.split('=')[0]}: unknown option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--valid-fraction", "0.2"], "--valid-fraction: does nothing without clients"),
+        (["--clients", "2", "--fractions", "0.5,0.5"], "--fractions: excludes clients"),
+    ],
+)
+def test_split_options_that_exclude_each_other(argv, message, data, tmp_path, capsys):
+    assert main(["data", "split", "--data", data, "--out", str(tmp_path / "parts"), *argv]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "parts").exists()
 
 
 @pytest.mark.parametrize("command", ["check", "preview", "split"])

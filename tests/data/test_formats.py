@@ -171,7 +171,7 @@ def test_labels_need_the_task_for_them():
 
 def test_the_task_is_guessed_from_the_columns():
     def guess(row, **values):
-        config = SimpleNamespace(**{"task": "auto", "data_format": "auto", "data_mapping": {}, **values})
+        config = SimpleNamespace(**{"data_format": "auto", "data_mapping": {}, **values})
         return guess_task(make_table("x", [row], [1], "row"), config)
 
     assert (
@@ -179,4 +179,3 @@ def test_the_task_is_guessed_from_the_columns():
     )
     assert guess({"text": "x"}) == guess({"messages": [], "label": "y"}) == "causal-lm"
     assert guess({"text": "x", "label": "y"}, data_format="text") == "causal-lm"
-    assert guess({"text": "x", "label": "y"}, task="causal-lm") == "causal-lm"

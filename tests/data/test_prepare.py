@@ -32,8 +32,7 @@ def prepared(options, tokenizer):
     return run
 
 
-# --- which rows
-# --------------------------------------------------------------------------------------------------
+# which rows
 
 
 def test_no_held_out_rows_unless_asked_for(prepared, write_jsonl, chats):
@@ -103,8 +102,7 @@ def test_split_names_of_a_single_file(prepared, write_jsonl, chats):
         prepared(write_jsonl(chats), train_split="all")
 
 
-# --- what comes out
-# ----------------------------------------------------------------------------------------------
+# what comes out
 
 
 def test_columns_and_longest(prepared, write_jsonl, chats):
@@ -165,8 +163,7 @@ def test_cut_texts_keep_the_special_tokens_at_their_end(options, write_jsonl, ma
     assert result.report.train.overlong["num_rows_cut"] == 1
 
 
-# --- the check stops
-# ---------------------------------------------------------------------------------------------
+# the check stops
 
 
 def test_leaks_stop_unless_allowed(prepared, write_jsonl, chats, make_chat):
@@ -188,8 +185,7 @@ def test_duplicates_and_a_small_trained_share_stop(prepared, write_jsonl, make_c
         prepared(write_jsonl([make_chat("long " * 200, "b")]), min_trainable_share=0.01)
 
 
-# --- the cache
-# ---------------------------------------------------------------------------------------------------
+# the cache
 
 
 def entries(folder):

@@ -5,7 +5,7 @@ import pytest
 from toolkit.data.samples import DATA
 from toolkit.data.samples.commands import samples
 from toolkit.data.samples.locales import LOCALES
-from toolkit.errors import ConfigError, InputError
+from toolkit.errors import ConfigError, InputError, RunDirectoryError
 from toolkit.modeling.samples import MODELS
 from toolkit.modeling.samples.commands import models
 
@@ -33,6 +33,15 @@ def test_a_model_is_written_and_its_path_is_the_only_line_on_stdout(tmp_path, ca
 def test_without_out_it_goes_into_the_cache(own_cache, capsys):
     assert models(["tiny-xlm-r"]) == 0
     assert capsys.readouterr().out == f"{own_cache / 'models' / 'tiny-xlm-r'}\n"
+
+
+def test_a_cache_that_cannot_be_used_does_not_matter_with_out(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("MELDKIT_CACHE", str(tmp_path / "file" / "cache"))
+    for _ in range(2):
+        assert models(["tiny-llama", "--out", str(tmp_path / "m")]) == 0
+    with pytest.raises(RunDirectoryError, match="cannot make the folder"):
+        models(["tiny-llama"])
 
 
 def test_data_samples_without_a_name_lists_them(capsys):

@@ -32,7 +32,10 @@ WANTED_IN_ALBANIAN = [
 def sampled() -> dict[str, tuple[templates.Language, list[Row]]]:
     """A few languages: many templates, another script, English names, ours."""
     return {
-        locale: intents.load_and_sample(locale, rows_per_intent=40, seed=3)
+        locale: (
+            language := templates.load(locale),
+            intents.sample(language, rows_per_intent=40, seed=3),
+        )
         for locale in ("en-US", "fr-FR", "sq-AL", "th-TH", "tr-TR")
     }
 

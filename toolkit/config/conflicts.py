@@ -75,6 +75,16 @@ def _data(config: BaseModel) -> Iterator[Conflict]:
         yield Conflict(names[:1], names, "excludes eval_data; held-out rows come from one of the two")
 
 
+def _division(config: BaseModel) -> Iterator[Conflict]:
+    if _value(config, "clients") is not None and _given(config, "fractions"):
+        names = ("fractions", "clients")
+        yield Conflict(names[:1], names, "excludes clients; each client gets the same share")
+    if _value(config, "clients") is None and _given(config, "valid_fraction"):
+        names = ("valid_fraction", "clients")
+        message = "does nothing without clients; the share of valid.json is the second of fractions"
+        yield Conflict(names[:1], names, message)
+
+
 def _classification(config: BaseModel) -> Iterator[Conflict]:
     if _value(config, "task") != "sequence-classification":
         return
@@ -128,6 +138,7 @@ RULES: list[Callable[[BaseModel], Iterator[Conflict]]] = [
     _quantization,
     _adapter,
     _data,
+    _division,
     _classification,
     _samples,
     _launch,

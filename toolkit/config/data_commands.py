@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from toolkit.config.options import DataOptions, Options
+from toolkit.config.options import Options, PreparationOptions, RowOptions
 
 
 class TokenizerOptions(Options):
@@ -26,14 +26,14 @@ class TokenizerOptions(Options):
     trust_remote_code: bool = False
     """Run Python code that comes with the tokenizer. Off unless you have read that code."""
 
-    task: Literal["auto", "causal-lm", "sequence-classification"] = "auto"
-    """What will be trained. auto: a classifier for rows with labels, else a language model."""
+    task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
+    """What will be trained: a language model, or a classifier of whole texts."""
 
     seed: int = Field(42, ge=0)
     """Seed of --eval-fraction."""
 
 
-class DataCheckConfig(TokenizerOptions, DataOptions):
+class DataCheckConfig(TokenizerOptions, RowOptions, PreparationOptions):
     """Look for what would spoil a training: empty or cut answers, duplicates, leaks between splits.
 
     Without --model or --tokenizer only rows and characters are looked at. Exit status 2 when there are
@@ -44,7 +44,7 @@ class DataCheckConfig(TokenizerOptions, DataOptions):
     """text: tables. json: the whole report for programs; --json is short for it."""
 
 
-class PreviewConfig(TokenizerOptions, DataOptions):
+class PreviewConfig(TokenizerOptions, RowOptions):
     """Print rows as the model sees them: trained tokens in colour (without colours: in brackets), special
     tokens visible. Needs --model or --tokenizer."""
 

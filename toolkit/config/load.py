@@ -1,7 +1,7 @@
 """Read the configuration of a recipe from a file and the command line: all problems at once, each with its
 place."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -88,6 +88,21 @@ def load(
         raise ConfigError(values.problems, hint=_hint(config_class, values, config_file))
     provenance = {name: values.provenance.get(name, "default") for name in options}
     return Loaded(config, provenance, arguments.request, config_file)
+
+
+def load_for_command(config_class: type[ConfigT], argv: Sequence[str]) -> Loaded[ConfigT]:
+    """Read the options of a command that trains nothing.
+
+    Raises:
+        ConfigError: all problems; also a flag that only training has, which would otherwise do nothing here.
+    """
+    loaded = load(config_class, list(argv))
+    flags = {"--dry-run": loaded.request.dry_run, "--print-config": loaded.request.print_config}
+    flags["--save-config"] = loaded.request.save_config is not None
+    problems = [f"{flag} is a flag of meldkit train" for flag, is_given in flags.items() if is_given]
+    if problems:
+        raise ConfigError(problems)
+    return loaded
 
 
 def _read(

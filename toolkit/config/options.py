@@ -152,7 +152,7 @@ class QuantizationOptions(Options):
     """With 4 bits: the code book."""
 
 
-class DataOptions(Options):
+class RowOptions(Options):
     """Data"""
 
     data: str
@@ -185,21 +185,22 @@ class DataOptions(Options):
     max_length: int = Field(1536, ge=8)
     """Longest sequence in tokens, prompt and answer together."""
 
-    overlong: OverlongPolicy = "error"
-    """Rows over --max-length: leave them out, cut their end, cut a conversation between turns, or stop."""
-
     loss_on: LossTarget = "assistant"
     """Tokens that are trained: every assistant turn, the last one, the completion, or all. Plain text is
     always trained whole."""
 
-    packing: bool = False
-    """Put several short rows into one sequence; they do not see each other."""
-
-    length_grouping: bool = False
-    """Batch rows of similar length, which wastes less padding."""
-
     max_rows: int | None = Field(None, ge=1)
     """Use the first N rows of the training data only."""
+
+
+class PreparationOptions(Options):
+    """Data"""
+
+    overlong: OverlongPolicy = "error"
+    """Rows over --max-length: leave them out, cut their end, cut a conversation between turns, or stop."""
+
+    packing: bool = False
+    """Put several short rows into one sequence; they do not see each other."""
 
     skip_data_check: bool = False
     """Start although the data check finds problems; they are printed and recorded all the same."""
@@ -218,6 +219,17 @@ class DataOptions(Options):
 
     data_cache: Path | None = None
     """Folder of the tokenised cache. Default: $MELDKIT_CACHE, else ~/.cache/meldkit."""
+
+
+class BatchOptions(Options):
+    """Data"""
+
+    length_grouping: bool = False
+    """Batch rows of similar length, which wastes less padding."""
+
+
+class DataOptions(RowOptions, PreparationOptions, BatchOptions):
+    """Data"""
 
 
 class TrainingOptions(Options):

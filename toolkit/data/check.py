@@ -106,6 +106,7 @@ class CheckReport:
     turn_end: str | None = None
     eos_token: str | None = None
     label_names: list[str] | None = None
+    unused_label: str | None = None
     fingerprint: str | None = None
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -235,6 +236,11 @@ def judge(report: CheckReport, config: Any) -> None:
     report.problems = problems
     stops = config.overlong == "error"
     report.warnings = [*_split_warnings(train, policy_stops=stops), *_token_warnings(report)]
+    if report.unused_label:
+        report.warnings.append(
+            f"the column {report.unused_label!r} is not used with --task {report.task}; --task "
+            "sequence-classification trains a classifier on it"
+        )
     if report.evaluation:
         report.warnings += _split_warnings(report.evaluation, policy_stops=stops)
 

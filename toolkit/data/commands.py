@@ -6,7 +6,7 @@ import sys
 from typing import Any, TypeVar
 
 from toolkit.config.data_commands import DataCheckConfig, PreviewConfig, SplitConfig
-from toolkit.config.load import load
+from toolkit.config.load import load_for_command
 from toolkit.config.option_help import options_help
 from toolkit.config.options import Options
 from toolkit.errors import DataError, InputError
@@ -15,14 +15,15 @@ from toolkit.terminal import out
 ConfigT = TypeVar("ConfigT", bound=Options)
 HELP_FLAGS = {"-h", "--help", "help"}
 PROBLEMS_FOUND = 2
+WRONG_INPUT = 2
 
 
 def check(argv: list[str]) -> int:
     """Check data: tables, or JSON with --json. 0, or 2 when there are problems."""
     argv = ["--output=json" if word == "--json" else word for word in argv]
     config = _load("check --data DATA [--model MODEL] [--json]", DataCheckConfig, argv)
-    if config is None:
-        return 0
+    if isinstance(config, int):
+        return config
     report = check_report(config)
     if config.output == "json":
         out(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
@@ -38,16 +39,17 @@ def check_report(config: DataCheckConfig) -> Any:
     only."""
     from toolkit.data.check import judge
     from toolkit.data.prepare import prepare, split_examples
-    from toolkit.data.recognise import guess_task, recognise
+    from toolkit.data.recognise import recognise
     from toolkit.data.selection import select_tables
 
     tokenizer = _tokenizer(config)
-    train, evaluation = select_tables(config)
-    task = guess_task(train, config)
     if tokenizer is not None:
-        return prepare(config, tokenizer, task, seed=config.seed, enforce=False).report
-    layout = recognise(train, data_format=config.data_format, data_mapping=config.data_mapping, task=task)
-    report = split_examples(config, task, config.seed, layout, train, evaluation)[2]
+        return prepare(config, tokenizer, config.task, seed=config.seed, enforce=False).report
+    train, evaluation = select_tables(config)
+    layout = recognise(
+        train, data_format=config.data_format, data_mapping=config.data_mapping, task=config.task
+    )
+    report = split_examples(config, config.task, config.seed, layout, train, evaluation)[2]
     judge(report, config)
     report.notes.append("without --model or --tokenizer only rows and characters are looked at")
     return report
@@ -56,20 +58,20 @@ def check_report(config: DataCheckConfig) -> Any:
 def preview(argv: list[str]) -> int:
     """Print rows with their trained tokens."""
     config = _load("preview --data DATA --model MODEL [--num-rows N]", PreviewConfig, argv)
-    if config is None:
-        return 0
+    if isinstance(config, int):
+        return config
     tokenizer = _tokenizer(config)
     if tokenizer is None:
         raise InputError("a preview shows tokens: --model or --tokenizer is needed")
     from toolkit.data.encode import Encoder
     from toolkit.data.prepare import split_examples
-    from toolkit.data.recognise import guess_task, recognise
+    from toolkit.data.recognise import recognise
     from toolkit.data.render import Renderer
     from toolkit.data.selection import select_tables
     from toolkit.data.show import show_row
 
     train, evaluation = select_tables(config)
-    task = guess_task(train, config)
+    task = config.task
     layout = recognise(train, data_format=config.data_format, data_mapping=config.data_mapping, task=task)
     splits = split_examples(config, task, config.seed, layout, train, evaluation)
     chosen = splits[0] if config.show == "train" else splits[1]
@@ -117,8 +119,8 @@ def split(argv: list[str]) -> int:
     config = _load(
         "split --data DATA --out FOLDER [--fractions 0.8,0.1,0.1 | --clients N]", SplitConfig, argv
     )
-    if config is None:
-        return 0
+    if isinstance(config, int):
+        return config
     from toolkit.data.split import split_data
 
     written = split_data(config)
@@ -139,12 +141,12 @@ def formats(argv: list[str]) -> int:
     return 0
 
 
-def _load(usage: str, config_class: type[ConfigT], argv: list[str]) -> ConfigT | None:
-    """The configuration, or None after the help was printed."""
+def _load(usage: str, config_class: type[ConfigT], argv: list[str]) -> ConfigT | int:
+    """The configuration, or the exit status after the help was printed: 0 where it was asked for."""
     if not argv or HELP_FLAGS & set(argv):
         out(options_help(f"meldkit data {usage}", config_class))
-        return None
-    return load(config_class, argv).config
+        return 0 if argv else WRONG_INPUT
+    return load_for_command(config_class, argv).config
 
 
 def _tokenizer(config: Any) -> Any:

@@ -15,7 +15,7 @@ from toolkit.data.examples import Example, Labelled
 from toolkit.data.language import encode_examples, turn_end_of
 from toolkit.data.overlong import overlong_facts
 from toolkit.data.read import Table
-from toolkit.data.recognise import Layout, build_examples, recognise
+from toolkit.data.recognise import Layout, build_examples, recognise, unused_label
 from toolkit.data.selection import hold_out, select_tables
 from toolkit.errors import DataError
 
@@ -140,6 +140,7 @@ def split_examples(
         evaluation = _split("held-out", train_table.select(held_out), [examples[n] for n in held_out])
         digests = describe_rows(train.report, train.examples)
     report = CheckReport(task, layout.format.name, train.report)
+    report.unused_label = unused_label(train_table, layout)
     report.notes += [note for table in (train_table, evaluation_table) if table for note in table.notes]
     if evaluation is not None:
         held_out_digests = describe_rows(evaluation.report, evaluation.examples)

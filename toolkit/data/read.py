@@ -79,8 +79,8 @@ def open_source(source: str) -> Source:
     # A hub id has at most one slash and no data file's ending; a name in a folder that exists was meant as a
     # path.
     hub_id = HUB_ID.fullmatch(source)
-    looks_like_hub_id = hub_id and Path(hub_id["name"]).suffix.lower() not in SUFFIXES
-    if looks_like_hub_id and ("/" not in source or not path.parent.is_dir()):
+    is_free = "/" not in source or not path.parent.is_dir()
+    if hub_id and is_free and Path(hub_id["name"]).suffix.lower() not in SUFFIXES:
         return _hub(hub_id["name"], hub_id["configuration"])
     raise _missing(path)
 

@@ -72,16 +72,23 @@ def recognise(table: Table, *, data_format: str, data_mapping: Mapping[str, str]
     raise DataError(_no_fit(table, candidates, data_mapping), hint=_hint(table, candidates))
 
 
+def unused_label(table: Table, layout: Layout) -> str | None:
+    """The label column of rows that have a text to classify and are read as something else, or None."""
+    if layout.format.gives == "labelled":
+        return None
+    for entry in FORMATS.values():
+        if entry.gives == "labelled" and _fits(entry, table.columns, layout.columns):
+            return _columns(entry, table.columns, layout.columns)[entry.needs[-1]]
+    return None
+
+
 def guess_task(table: Table, config: Any) -> str:
-    """The task of ``config`` or, where that is "auto" or absent, the one that fits the columns.
+    """The task that fits the columns.
 
     Args:
         table: the rows.
-        config: has data_format and data_mapping, perhaps task.
+        config: has data_format and data_mapping.
     """
-    task = getattr(config, "task", "auto")
-    if task != "auto":
-        return task
     if config.data_format in FORMATS:
         labelled = FORMATS[config.data_format].gives == "labelled"
     else:

@@ -105,8 +105,7 @@ class Renderer:
                 raise DataError(f"{self.where(index)}: labelled rows need --task sequence-classification")
         return rows
 
-    # --- plain text
-    # ---------------------------------------------------------------------------------------------
+    # plain text
 
     def _text_row(self, example: PlainText, index: int) -> list[Rendered]:
         if not example.text.strip():
@@ -133,8 +132,7 @@ class Renderer:
         trains_all = self.loss_on == "all"
         return [Rendered(text, ((len(prompt), len(text)),), index, not ends, False, trains_all)]
 
-    # --- conversations
-    # ------------------------------------------------------------------------------------------
+    # conversations
 
     def _trained_turns(self, conversation: Conversation) -> list[int]:
         """Numbers of the turns that are trained, without those whose answer is empty."""

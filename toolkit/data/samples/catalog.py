@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import collection
-from toolkit.data.samples import card, conversations, intents, templates
 from toolkit.data.samples.locales import DEFAULT_LOCALES, LOCALES, OURS
 from toolkit.errors import InputError
 from toolkit.wheels import Announce, silent
@@ -72,7 +71,8 @@ def make(
         name: a key of :data:`DATA`.
         out_dir: where; made with its parents.
         locales: of ``intents``, e.g. ``["en-US", "sq-AL"]``. Default: the ten with names in their own
-        language. languages: of ``conversations``, e.g. ``["en", "fr"]``. Default: English.
+            language.
+        languages: of ``conversations``, e.g. ``["en", "fr"]``. Default: English.
         source: of ``conversations``: chatterbot, intents or both.
         rows_per_intent: rows of an intent and language, all partitions together.
         seed: of everything that is drawn.
@@ -83,6 +83,9 @@ def make(
         RunDirectoryError: ``out_dir`` holds something else.
         MeldkitError: a wheel cannot be fetched.
     """
+    # Imported where it is used, here and below: hassil takes 0.3 s, and help needs the names only.
+    from toolkit.data.samples import conversations, intents
+
     if name not in DATA:
         raise collection.unknown_name("sample data set", name, DATA, hint="meldkit data samples lists them")
     num_rows = DATA[name].rows_per_intent if rows_per_intent is None else rows_per_intent
@@ -128,6 +131,8 @@ def _checked(kind: str, names: Iterable[str], known: Iterable[str]) -> list[str]
 def _build_intents(
     folder: Path, locales: Sequence[str], num_rows: int, seed: int, announce: Announce
 ) -> None:
+    from toolkit.data.samples import card, intents, templates
+
     counts: dict[str, dict[str, int]] = {}
     exceptions: list[str] = []
     home_languages: dict[str, str] = {}
@@ -151,6 +156,8 @@ def _build_intents(
 def _build_conversations(
     folder: Path, languages: Sequence[str], source: str, num_rows: int, seed: int, announce: Announce
 ) -> None:
+    from toolkit.data.samples import card, conversations
+
     partitions = conversations.rows(
         languages, source=source, rows_per_intent=num_rows, seed=seed, announce=announce
     )

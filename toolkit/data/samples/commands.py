@@ -10,9 +10,9 @@ from pydantic import Field
 
 from toolkit import collection
 from toolkit.cache_folder import cache_folder
+from toolkit.config.load import load_for_command
 from toolkit.config.option_help import options_help
 from toolkit.config.options import Options
-from toolkit.data.samples import conversations
 from toolkit.data.samples.catalog import DATA, make
 from toolkit.data.samples.locales import DEFAULT_LOCALES, LOCALES
 from toolkit.errors import ConfigError
@@ -56,10 +56,12 @@ def samples(argv: Sequence[str]) -> int:
     if not argv:
         sys.stdout.write(listing())
         return 0
+    from toolkit.data.samples import conversations  # hassil takes 0.3 s, and help does without
+
     name, *rest = argv
     if name not in DATA:
         raise collection.unknown_name("sample data set", name, DATA, hint="meldkit data samples lists them")
-    loaded = collection.read_options(SamplesConfig, rest)
+    loaded = load_for_command(SamplesConfig, rest)
     misplaced = [
         f"--{option} belongs to {owner}"
         for option, owner in OPTIONS_OF_ONE.items()
@@ -87,6 +89,8 @@ def samples(argv: Sequence[str]) -> int:
 
 def listing() -> str:
     """Return the list of all data sets as text."""
+    from toolkit.data.samples import conversations
+
     lines = ["Data sets of the collection (meldkit data samples NAME --out DIR):", ""]
     width = max(len(name) for name in DATA)
     for data in DATA.values():

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from toolkit.data.samples import templates
 from toolkit.data.samples.templates import Language, Template
 from toolkit.errors import DataError
 
@@ -66,7 +65,8 @@ def sample(language: Language, *, rows_per_intent: int, seed: int) -> list[Row]:
     Args:
         language: its templates.
         rows_per_intent: rows of an intent in all partitions together; fewer where its templates have fewer
-        sentences. seed: of the split and of the walks.
+            sentences.
+        seed: of the split and of the walks.
     """
     random = Random(f"{seed} {language.locale}")
     taken: set[str] = set()
@@ -178,9 +178,3 @@ def massive_rows(locale: str, rows: list[Row]) -> dict[str, list[dict[str, str]]
             }
         )
     return partitions
-
-
-def load_and_sample(locale: str, *, rows_per_intent: int, seed: int) -> tuple[Language, list[Row]]:
-    """Read the templates of ``locale`` and sample them."""
-    language = templates.load(locale)
-    return language, sample(language, rows_per_intent=rows_per_intent, seed=seed)

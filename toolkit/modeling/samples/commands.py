@@ -7,6 +7,7 @@ from pathlib import Path
 
 from toolkit import collection
 from toolkit.cache_folder import cache_folder
+from toolkit.config.load import load_for_command
 from toolkit.config.option_help import options_help
 from toolkit.config.options import Options
 from toolkit.modeling.samples.catalog import MODELS, SampleModel, make
@@ -32,7 +33,7 @@ def models(argv: Sequence[str]) -> int:
     name, *rest = argv
     if name not in MODELS:
         raise collection.unknown_name("sample model", name, MODELS, hint="meldkit models lists them")
-    config = collection.read_options(ModelsConfig, rest).config
+    config = load_for_command(ModelsConfig, rest).config
     began = time.monotonic()
     folder = make(name, config.out or cache_folder() / "models" / name, announce=_tell)
     _tell(f"{name}: {_size(folder) / 1e6:.1f} MB, {time.monotonic() - began:.1f} s")
