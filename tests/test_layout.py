@@ -31,7 +31,7 @@ LAYERS = (
     {"training", "merging", "evaluation"},
     {"modeling", "data", "languages"},
     {"toolkit_kernels", "config", "launch", "reporting", "collection", "wheels"},
-    {"cache_folder", "dependencies", "durable", "errors", "terminal"},
+    {"cache_folder", "dependencies", "durable", "errors", "paths", "terminal"},
 )
 
 # What --help, --dry-run and every configuration error pass through: answers in a fraction of a second.
@@ -40,6 +40,7 @@ TORCH_FREE = (
     "dependencies",
     "errors",
     "durable",
+    "paths",
     "config",
     "launch",
     "cli",

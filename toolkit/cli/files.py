@@ -7,20 +7,14 @@ from pydantic import BaseModel
 from toolkit.config.names import nearest
 from toolkit.config.shipped import shipped_file
 from toolkit.errors import DataError, InputError, ModelError
+from toolkit.paths import can_only_be_a_path
 
 DATA_OPTIONS = ("data", "eval_data")
 MODEL_OPTIONS = ("model", "tokenizer")
 FILE_OPTIONS = ("chat_template",)
-FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".gguf", ".jinja", ".yaml", ".safetensors")
 
 
-def is_local_path(source: str) -> bool:
-    """Whether a source can only be a path. ``gpt2`` and ``Qwen/Qwen3-8B-Base`` may be hub ids as well."""
-    looks_like_path = source.startswith((".", "/", "~")) or source.endswith(("/", *FILE_ENDINGS))
-    return looks_like_path or source.count("/") > 1 or "\\" in source
-
-
-def missing_files(config: BaseModel) -> list[tuple[str, str]]:
+def missing_files(config: object) -> list[tuple[str, str]]:
     """Return option and path of every local file or folder that a configuration names and that is not
     there."""
     missing: list[tuple[str, str]] = []
@@ -28,7 +22,7 @@ def missing_files(config: BaseModel) -> list[tuple[str, str]]:
         source = getattr(config, name, None)
         if source is None or Path(source).expanduser().exists():
             continue
-        if name in FILE_OPTIONS or is_local_path(str(source)):
+        if name in FILE_OPTIONS or can_only_be_a_path(str(source)):
             missing.append((name, str(source)))
     return missing
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import ModelError
+from toolkit.paths import can_only_be_a_path
 
 
 def load_tokenizer(config: Any) -> Any:
@@ -30,7 +31,7 @@ def load_tokenizer(config: Any) -> Any:
         source, keywords["gguf_file"] = str(path.parent), path.name
     elif path.exists():
         source = str(path)
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif can_only_be_a_path(name):
         raise ModelError(
             f"{name} does not exist", hint="--tokenizer takes a hub id or a folder with tokenizer.json"
         )

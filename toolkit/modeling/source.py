@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import ModelError
+from toolkit.paths import can_only_be_a_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,7 @@ def find_model(model: str) -> ModelSource:
     if path.is_dir():
         check_model_folder(path)
         return ModelSource(str(path), None, True)
-    looks_local = model.startswith((".", "/", "~")) or path.suffix == ".gguf" or model.count("/") > 1
-    if looks_local:
+    if can_only_be_a_path(model):
         raise ModelError(f"{model} does not exist", hint=_neighbours(path))
     return ModelSource(model, None, False)
 
