@@ -20,6 +20,7 @@ ALL_FILES = [
     ),
 ]
 MAX_LINES = 500
+MAX_FUNCTION_LINES = 50
 
 # Modules that speak to the user's terminal; every other one returns values, raises, or sends records.
 SPEAK_TO_THE_TERMINAL = re.compile(r"toolkit/(cli/.*|__main__|(.*/)?commands)\.py")
@@ -135,6 +136,39 @@ def test_libraries_do_not_print() -> None:
 def test_no_module_is_too_long_to_read() -> None:
     num_lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in ALL_FILES}
     assert {str(p.relative_to(ROOT)): n for p, n in num_lines.items() if n > MAX_LINES} == {}
+
+
+def num_code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function from its ``def`` on, without the docstring."""
+    total = (function.end_lineno or function.lineno) - function.lineno + 1
+    first = function.body[0]
+    if ast.get_docstring(function, clean=False) is None:
+        return total
+    return total - ((first.end_lineno or first.lineno) - first.lineno + 1)
+
+
+def long_functions(source: str) -> dict[str, int]:
+    """Name and number of lines of each function that is too long to read."""
+    return {
+        node.name: num_code_lines(node)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and num_code_lines(node) > MAX_FUNCTION_LINES
+    }
+
+
+def test_no_function_is_too_long_to_read() -> None:
+    too_long = {path: long_functions(path.read_text(encoding="utf-8")) for path in ALL_FILES}
+    assert {str(p.relative_to(ROOT)): found for p, found in too_long.items() if found} == {}
+
+
+def test_a_long_function_is_seen() -> None:
+    body = "    x = 1\n" * (MAX_FUNCTION_LINES - 1)
+    docstring = '    """Say.\n\n    More.\n    """\n'
+    assert long_functions(f"def f():\n{docstring}{body}") == {}
+    longer = f"async def f():\n{docstring}{body}    x = 1\n"
+    assert long_functions(longer) == {"f": MAX_FUNCTION_LINES + 1}
+    assert long_functions("class C:\n" + "".join(f"    {line}\n" for line in longer.splitlines())) != {}
 
 
 IGNORE = re.compile(

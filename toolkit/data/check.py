@@ -236,13 +236,18 @@ def judge(report: CheckReport, config: Any) -> None:
     report.problems = problems
     stops = config.overlong == "error"
     report.warnings = [*_split_warnings(train, policy_stops=stops), *_token_warnings(report)]
-    if report.unused_label:
-        report.warnings.append(
-            f"the column {report.unused_label!r} is not used with --task {report.task}; --task "
-            "sequence-classification trains a classifier on it"
-        )
+    report.warnings += _label_warnings(report)
     if report.evaluation:
         report.warnings += _split_warnings(report.evaluation, policy_stops=stops)
+
+
+def _label_warnings(report: CheckReport) -> list[str]:
+    if not report.unused_label:
+        return []
+    return [
+        f"the column {report.unused_label!r} is not used with --task {report.task}; --task "
+        "sequence-classification trains a classifier on it"
+    ]
 
 
 def _split_warnings(split: SplitReport, *, policy_stops: bool) -> list[str]:

@@ -134,20 +134,15 @@ def deepspeed_config(config: TrainingOptions, plan: "LaunchPlan") -> dict[str, A
     """The DeepSpeed configuration, for ``TrainingArguments(deepspeed=...)``.
 
     ``auto`` values are filled by the Trainer from its arguments; the optimizer and the schedule are the
-    Trainer's. A user's file passes through as it is, after a check against the options.
+    Trainer's. A user's file passes through as it is: the plan was made after a check of it against the options.
 
     Raises:
-        LaunchError: the plan has no DeepSpeed, or the user's file is wrong.
+        LaunchError: the plan has no DeepSpeed, or the user's file cannot be read any more.
     """
     if plan.deepspeed is None or plan.zero_stage is None:
         raise LaunchError("this run does not use DeepSpeed", hint="--deepspeed zero2")
     if plan.deepspeed not in STAGES:
-        values = read_file(Path(plan.deepspeed))
-        if problems := conflicts(values, config, plan.mixed_precision):
-            raise LaunchError(
-                "\n".join([f"{plan.deepspeed} contradicts the options of this run:", *problems])
-            )
-        return values
+        return read_file(Path(plan.deepspeed))
     zero: dict[str, Any] = {"stage": plan.zero_stage}
     if plan.zero_stage >= 2:
         zero |= {
