@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import toolkit.data.read
 from toolkit.cli.main import main
 from toolkit.data.check import Lengths, digest, percent
 from toolkit.data.encode import Encoded
@@ -71,6 +72,24 @@ def test_check_as_json(data, tokenizer_folder, capsys):
     assert report["train"]["num_rows"] == 20
     assert report["train"]["lengths"]["unit"] == "tokens"
     assert report["problems"] == []
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_check_reads_each_source_once(
+    data, write_jsonl, make_chat, tokenizer_folder, monkeypatch, with_tokenizer
+):
+    opened = []
+
+    def read(path):
+        opened.append(path.name)
+        return real(path)
+
+    real = toolkit.data.read.read_file
+    monkeypatch.setattr(toolkit.data.read, "read_file", read)
+    held_out = write_jsonl([make_chat("other", "answer")], "held_out.jsonl")
+    argv = ["data", "check", "--data", data, "--eval-data", held_out]
+    assert main(argv + ["--tokenizer", tokenizer_folder] * with_tokenizer) == 0
+    assert opened == ["data.jsonl", "held_out.jsonl"]
 
 
 def test_check_without_a_tokenizer_counts_characters(data, capsys):

@@ -5,8 +5,10 @@ import multiprocessing
 
 import pytest
 
+import toolkit.data.prepare
 from toolkit import durable
 from toolkit.data import cache
+from toolkit.data.identity import rows_sha256
 from toolkit.data.prepare import prepare
 from toolkit.data.selection import hold_out
 from toolkit.errors import DataError
@@ -192,10 +194,24 @@ def entries(folder):
     return [path for path in (folder / "cache" / "tokenised").iterdir() if not path.name.startswith(".")]
 
 
-def test_the_second_time_comes_from_the_cache_and_is_the_same(prepared, write_jsonl, chats, tmp_path):
+@pytest.fixture
+def builds(monkeypatch):
+    """One entry for each time that rows are tokenised anew."""
+    done = []
+
+    def build(*arguments):
+        done.append(arguments)
+        return real(*arguments)
+
+    real = toolkit.data.prepare._build
+    monkeypatch.setattr(toolkit.data.prepare, "_build", build)
+    return done
+
+
+def test_the_second_time_comes_from_the_cache_and_is_the_same(prepared, write_jsonl, chats, tmp_path, builds):
     data = write_jsonl(chats)
     first, second = (prepared(data, eval_fraction=0.2, packing=True, max_length=64) for _ in range(2))
-    assert (first.is_from_cache, second.is_from_cache) == (False, True)
+    assert len(builds) == 1
     assert first.train[:] == second.train[:]
     assert first.evaluation[:] == second.evaluation[:]
     assert first.report.as_dict() == second.report.as_dict()
@@ -203,9 +219,11 @@ def test_the_second_time_comes_from_the_cache_and_is_the_same(prepared, write_js
     assert len(entries(tmp_path)) == 1
 
 
-def test_what_changes_the_rows_changes_the_entry(prepared, options, write_jsonl, chats, make_tokenizer):
+def test_what_changes_the_rows_changes_the_entry(
+    prepared, options, write_jsonl, chats, make_tokenizer, builds
+):
     data = write_jsonl(chats)
-    prints = {prepared(data).fingerprint}
+    prepared(data)
     for values in (
         {"max_length": 100},
         {"loss_on": "all"},
@@ -213,27 +231,43 @@ def test_what_changes_the_rows_changes_the_entry(prepared, options, write_jsonl,
         {"overlong": "drop"},
         {"max_rows": 5},
     ):
-        prints.add(prepared(data, **values).fingerprint)
-    prints.add(prepare(options(data=data), make_tokenizer("chatml-marks"), "causal-lm", seed=0).fingerprint)
+        prepared(data, **values)
+    prepare(options(data=data), make_tokenizer("chatml-marks"), "causal-lm", seed=0)
     write_jsonl([*chats[1:], chats[0]])
-    prints.add(prepared(data).fingerprint)
-    assert len(prints) == 8
+    prepared(data)
+    assert len(builds) == 8
     write_jsonl(chats)
-    assert prepared(data, skip_data_check=True, max_leaks=0.5).fingerprint in prints, (
-        "thresholds change nothing"
-    )
+    prepared(data, skip_data_check=True, max_leaks=0.5)
+    assert len(builds) == 8, "thresholds change nothing"
 
 
-def test_the_fingerprint_is_of_the_content_not_of_the_path(prepared, write_jsonl, chats):
-    assert (
-        prepared(write_jsonl(chats, "a.jsonl")).fingerprint
-        == prepared(write_jsonl(chats, "b.jsonl")).fingerprint
-    )
+def test_every_module_of_the_folder_belongs_to_the_key(monkeypatch, tmp_path):
+    for name in ("cache.py", "encode.py"):
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "cache.py"))
+    hashes = {cache.code_sha256()}
+    (tmp_path / "encode.py").write_text("changed")
+    hashes.add(cache.code_sha256())
+    (tmp_path / "new.py").write_text("")
+    hashes.add(cache.code_sha256())
+    assert len(hashes) == 3
+
+
+def test_the_fingerprint_is_of_the_tokens_and_labels(prepared, write_jsonl, chats):
+    data = write_jsonl(chats, "a.jsonl")
+    result = prepared(data, eval_fraction=0.2)
+    expected = rows_sha256(result.train, result.evaluation)
+    again = prepared(data, eval_fraction=0.2)  # from the cache
+    elsewhere = prepared(write_jsonl(chats, "b.jsonl"), eval_fraction=0.2, max_length=1000, overlong="drop")
+    for same in (result, again, elsewhere):
+        assert same.fingerprint == same.report.fingerprint == expected
+    assert prepared(data, eval_fraction=0.2, loss_on="all").fingerprint != expected
+    assert prepared(data).fingerprint != expected
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("damage", ["change", "delete", "cut", "manifest"])
-def test_a_damaged_entry_is_built_again(prepared, write_jsonl, chats, tmp_path, damage):
+def test_a_damaged_entry_is_built_again(prepared, write_jsonl, chats, tmp_path, damage, builds):
     data = write_jsonl(chats)
     expected = prepared(data).train[:]
     entry = entries(tmp_path)[0]
@@ -246,9 +280,10 @@ def test_a_damaged_entry_is_built_again(prepared, write_jsonl, chats, tmp_path, 
     else:
         victim.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
     result = prepared(data)
-    assert not result.is_from_cache
+    assert len(builds) == 2
     assert result.train[:] == expected
-    assert prepared(data).is_from_cache
+    prepared(data)
+    assert len(builds) == 2
 
 
 @pytest.mark.faults

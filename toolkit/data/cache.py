@@ -21,24 +21,6 @@ from toolkit import durable
 from toolkit.cache_folder import cache_folder as folder_of_meldkit
 from toolkit.errors import CheckpointError
 
-CODE_FILES = (
-    "check",
-    "classify",
-    "encode",
-    "examples",
-    "formats",
-    "overlong",
-    "packing",
-    "prepare",
-    "recognise",
-    "render",
-    "special",
-    "language",
-    "columns",
-    "selection",
-    "files",
-    "read",
-)
 FACTS_NAME = "facts.json"
 LEFTOVER_AGE_SECONDS = 24 * 3600.0
 
@@ -77,17 +59,22 @@ def template_sha256(tokenizer: Any) -> str | None:
 
 
 def code_sha256() -> str:
-    """Hash of the modules that decide what an entry holds: a change of one makes older entries
+    """Hash of the modules of this folder, which decide what an entry holds: a change of one makes older entries
     unreachable."""
     hasher = hashlib.sha256()
-    for name in CODE_FILES:
-        hasher.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        hasher.update(path.name.encode() + b"\x00" + path.read_bytes())
     return hasher.hexdigest()
 
 
-def fingerprint(rows: Iterable[Iterable[Mapping[str, Any]]], facts: Mapping[str, Any]) -> str:
-    """SHA-256 of the rows of each split, in order, and of ``facts``."""
-    hasher = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+def entry_key(
+    rows: Iterable[Iterable[Mapping[str, Any]]], facts: Mapping[str, Any], sources: Sequence[str]
+) -> str:
+    """Name of an entry: SHA-256 of the rows of each split, in order, of ``facts``, of the places that its
+    report names, of versions and of the code."""
+    versions = [version(name) for name in ("transformers", "tokenizers", "jinja2")]
+    around = [facts, list(sources), versions, code_sha256()]
+    hasher = hashlib.sha256(json.dumps(around, sort_keys=True, default=str).encode())
     encode = json.JSONEncoder(sort_keys=True, default=str, ensure_ascii=False).encode
     for split in rows:
         hasher.update(b"\x00split")
@@ -95,14 +82,6 @@ def fingerprint(rows: Iterable[Iterable[Mapping[str, Any]]], facts: Mapping[str,
             # Lone surrogates are legal in JSON and not in UTF-8.
             hasher.update(encode(row).encode("utf-8", "surrogatepass") + b"\x01")
     return hasher.hexdigest()
-
-
-def entry_key(content: str, sources: Sequence[str]) -> str:
-    """Name of an entry: hash of the content's fingerprint, the places that its report names, versions,
-    code."""
-    versions = [version(name) for name in ("transformers", "tokenizers", "jinja2")]
-    facts = [content, list(sources), versions, code_sha256()]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -133,7 +112,7 @@ def store(folder: Path, key: str, datasets_by_name: Mapping[str, Any], facts: Ma
 
     Args:
         folder: the cache.
-        key: fingerprint.
+        key: of :func:`entry_key`.
         datasets_by_name: name -> ``datasets.Dataset``.
         facts: JSON values that are kept with it.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-IGNORED = -100
+from toolkit.data.columns import IGNORED
 
 
 class Collator:

@@ -10,6 +10,7 @@ from toolkit.data.encode import Encoded
 from toolkit.data.packing import pack
 
 IGNORED = -100
+"""The label of a token that is not trained, for torch's cross entropy."""
 ROWS_A_CHUNK = 10_000
 
 

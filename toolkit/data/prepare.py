@@ -12,6 +12,7 @@ from toolkit.data.check import CheckReport, Lengths, SplitReport, describe_rows,
 from toolkit.data.classify import classify, label_names_of
 from toolkit.data.columns import classification_dataset, language_model_dataset
 from toolkit.data.examples import Example, Labelled
+from toolkit.data.identity import rows_sha256
 from toolkit.data.language import encode_examples, turn_end_of
 from toolkit.data.overlong import overlong_facts
 from toolkit.data.read import Table
@@ -32,9 +33,8 @@ class Prepared:
         evaluation: the held-out rows in the same form, never packed; None where there are none.
         label_names: the classes in order of their numbers, for sequence classification.
         report: what the check found.
-        fingerprint: SHA-256 of rows, tokenizer, template and options.
+        fingerprint: SHA-256 of the rows of tokens and labels (:func:`~toolkit.data.identity.rows_sha256`).
         longest: length in tokens of the longest row, of either split, before packing.
-        is_from_cache: the rows were not tokenised anew.
     """
 
     train: Any
@@ -43,7 +43,6 @@ class Prepared:
     report: CheckReport
     fingerprint: str
     longest: int
-    is_from_cache: bool = False
 
 
 @dataclass
@@ -81,15 +80,13 @@ def prepare(
         config = config.model_copy(update={"overlong": "drop"})
     train_table, evaluation_table = select_tables(config)
     layout = _layout(train_table, config, task)
-    fingerprint = _fingerprint(config, tokenizer, task, seed, layout, train_table, evaluation_table)
-    # The report names files, and the code decides what an entry holds: both belong to the key only.
-    key = cache.entry_key(fingerprint, [t.source for t in (train_table, evaluation_table) if t is not None])
+    key = _cache_key(config, tokenizer, task, seed, layout, train_table, evaluation_table)
     folder = cache.cache_folder(config.data_cache)
     entry = cache.find(folder, key) if use_cache else None
     if entry is not None:
         prepared = _load(entry)
     else:
-        prepared = _build(config, tokenizer, task, seed, layout, train_table, evaluation_table, fingerprint)
+        prepared = _build(config, tokenizer, task, seed, layout, train_table, evaluation_table)
         if use_cache:
             prepared = _store(folder, key, prepared)
     judge(prepared.report, asked)
@@ -106,7 +103,7 @@ def _layout(table: Table, config: Any, task: str) -> Layout:
     return recognise(table, data_format=config.data_format, data_mapping=config.data_mapping, task=task)
 
 
-def _fingerprint(
+def _cache_key(
     config: Any, tokenizer: Any, task: str, seed: int, layout: Layout, train: Table, evaluation: Table | None
 ) -> str:
     facts = {
@@ -120,7 +117,9 @@ def _fingerprint(
         if evaluation is not None
         else [config.eval_fraction, seed if config.eval_fraction else 0],
     }
-    return cache.fingerprint([t.rows for t in (train, evaluation) if t is not None], facts)
+    tables = [table for table in (train, evaluation) if table is not None]
+    # The report names the files, which are part of the key therefore.
+    return cache.entry_key([table.rows for table in tables], facts, [table.source for table in tables])
 
 
 def split_examples(
@@ -162,17 +161,16 @@ def _build(
     layout: Layout,
     train_table: Table,
     evaluation_table: Table | None,
-    fingerprint: str,
 ) -> Prepared:
     train, evaluation, report = split_examples(config, task, seed, layout, train_table, evaluation_table)
     report.tokenizer = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
     report.template_sha256 = cache.template_sha256(tokenizer)
     report.eos_token = tokenizer.eos_token
-    report.fingerprint = fingerprint
     if task == "sequence-classification":
         train_rows, evaluation_rows = _classification_rows(config, tokenizer, train, evaluation, report)
     else:
         train_rows, evaluation_rows = _language_rows(config, tokenizer, train, evaluation, report)
+    fingerprint = report.fingerprint = rows_sha256(train_rows, evaluation_rows)
     longest = max(part.longest for part in (report.train, report.evaluation) if part)
     return Prepared(train_rows, evaluation_rows, report.label_names, report, fingerprint, longest)
 
@@ -274,14 +272,14 @@ def _store(folder: Path, key: str, prepared: Prepared) -> Prepared:
         "fingerprint": prepared.fingerprint,
     }
     try:
-        return _load(cache.store(folder, key, parts, facts), is_from_cache=False)
+        return _load(cache.store(folder, key, parts, facts))
     except OSError as error:
         # A cache saves time only; the rows are here, and training goes on without it.
         prepared.report.notes.append(f"the tokenised cache {folder} cannot be written ({error})")
         return prepared
 
 
-def _load(entry: cache.Entry, *, is_from_cache: bool = True) -> Prepared:
+def _load(entry: cache.Entry) -> Prepared:
     report = CheckReport.from_dict(entry.facts["report"])
     train, evaluation = cache.load(entry, "train"), cache.load(entry, "evaluation")
     return Prepared(
@@ -291,5 +289,4 @@ def _load(entry: cache.Entry, *, is_from_cache: bool = True) -> Prepared:
         report,
         entry.facts["fingerprint"],
         entry.facts["longest"],
-        is_from_cache,
     )

@@ -56,7 +56,7 @@ def _facts(report: CheckReport) -> RenderableType:
     if report.turn_end:
         rows.append(("an answer ends with", report.turn_end))
     if report.fingerprint:
-        rows.append(("fingerprint", report.fingerprint[:16]))
+        rows.append(("fingerprint", f"sha256 {report.fingerprint[:12]}"))
     for name, value in rows:
         grid.add_row(Text(name, style="dim"), Text(value))
     return Group(grid, Text())
