@@ -6,7 +6,7 @@ import pytest
 
 from toolkit.config import trainer_fields
 from toolkit.config.recipes import CentralizedConfig
-from toolkit.config.trainer_fields import GOVERNED, SET_BY_MELDKIT
+from toolkit.config.trainer_fields import GOVERNED, SCHEDULES_BY_METRIC, SET_BY_MELDKIT
 
 
 def test_the_fields_are_those_of_the_imported_classes():
@@ -85,6 +85,12 @@ def test_arguments_that_are_not_passed_through(problems, argument, message):
     assert len(found) == 1
     assert found[0].startswith(f"--trainer-args {argument.split('=')[0]}: ")
     assert message in found[0]
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES_BY_METRIC))
+def test_a_schedule_that_waits_for_evaluations_is_refused(problems, schedule):
+    [problem] = problems("--lr-scheduler", schedule)
+    assert problem.startswith(f"--lr-scheduler: '{schedule}' follows evaluations inside the Trainer")
 
 
 def test_what_changes_no_contract_is_passed_through(loaded):

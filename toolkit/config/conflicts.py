@@ -128,7 +128,13 @@ def _trainer(config: BaseModel) -> Iterator[Conflict]:
             values = trainer_fields.enum_values(module, class_name)
         except LookupError:  # another version keeps them elsewhere; the trainer will say
             continue
-        if _value(config, option) not in values:
+        if _value(config, option) in trainer_fields.SCHEDULES_BY_METRIC:
+            message = (
+                f"'{_value(config, option)}' follows evaluations inside the Trainer, and meldkit evaluates between "
+                "its steps; take a schedule of the step, such as cosine"
+            )
+            yield Conflict((option,), (option,), message)
+        elif _value(config, option) not in values:
             suggestion = did_you_mean(str(_value(config, option)), values)
             message = f"'{_value(config, option)}' is not one of {', '.join(sorted(values))}{suggestion}"
             yield Conflict((option,), (option,), message)

@@ -218,7 +218,8 @@ class PreparationOptions(Options):
     """Data check: stop when a larger share of the held-out rows is also in the training data."""
 
     data_cache: Path | None = None
-    """Folder of the tokenised cache. Default: $MELDKIT_CACHE, else ~/.cache/meldkit."""
+    """Folder of the tokenised cache. Default: $MELDKIT_CACHE, else meldkit/ in $XDG_CACHE_HOME or
+    ~/.cache."""
 
 
 class BatchOptions(Options):

@@ -97,6 +97,9 @@ SET_BY_MELDKIT = {
     "fsdp_config": _SHARDING,
 }
 
+# Schedules that wait for evaluations inside the Trainer. Here they are made between its steps.
+SCHEDULES_BY_METRIC = {"reduce_lr_on_plateau", "greedy"}
+
 # Options are recorded in every run directory; a secret must not be.
 SECRET = {"hub_token"}
 

@@ -14,6 +14,7 @@ from toolkit.config.names import did_you_mean, nearest
 from toolkit.data.files import EVALUATION_SPLITS, SPLIT_NAMES, SUFFIXES, Table, make_table, read_file
 from toolkit.data.locale_codes import is_locale
 from toolkit.errors import DataError
+from toolkit.paths import can_only_be_a_path
 
 HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<configuration>[\w.+-]+))?")
 
@@ -76,11 +77,11 @@ def open_source(source: str) -> Source:
         return _folder(path)
     if path.is_file():
         return _single_file(path)
-    # A hub id has at most one slash and no data file's ending; a name in a folder that exists was meant as a
+    # A hub id has at most one slash and no file's ending; a name in a folder that exists was meant as a
     # path.
     hub_id = HUB_ID.fullmatch(source)
     is_free = "/" not in source or not path.parent.is_dir()
-    if hub_id and is_free and Path(hub_id["name"]).suffix.lower() not in SUFFIXES:
+    if hub_id and is_free and not can_only_be_a_path(hub_id["name"]):
         return _hub(hub_id["name"], hub_id["configuration"])
     raise _missing(path)
 
