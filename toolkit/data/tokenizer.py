@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from toolkit.data import gguf_tokenizer
 from toolkit.errors import ModelError
 from toolkit.paths import can_only_be_a_path
 
@@ -46,6 +47,8 @@ def load_tokenizer(config: Any) -> Any:
             hint="a folder needs tokenizer.json and tokenizer_config.json; without a network a hub id "
             "cannot be fetched",
         ) from error
+    if "gguf_file" in keywords:
+        gguf_tokenizer.correct(tokenizer, path)
     if config.chat_template is not None:
         tokenizer.chat_template = _template(Path(config.chat_template))
     if tokenizer.pad_token is None:
