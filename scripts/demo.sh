@@ -14,7 +14,7 @@ readonly RUN=runs/demo
 
 # Both keep what is complete already.
 meldkit models smollm2-135m-instruct --out "$MODEL"
-meldkit data samples conversations --rows-per-intent 24 --out "$DATA"
+meldkit data samples conversations --source intents --rows-per-intent 40 --out "$DATA"
 # A demonstration begins anew each time: an earlier one steps aside and is never overwritten.
 if [[ -d $RUN ]]; then mv "$RUN" "$RUN-before-$(date +%Y%m%d-%H%M%S)"; fi
 meldkit train centralized-hf --config recipes/configs/demo.yaml "$@"

@@ -127,7 +127,7 @@ CHANGES = [
     ("--lora-modules-to-save", "lm_head"),
     ("--finetuning", "full", "--lora-r", 16),
     ("--use-rslora",),
-    ("--use-dora", "--lora-alpha", 33),
+    ("--use-dora", "--seed", 42),
     ("--load-in-4bit",),
     ("--load-in-8bit",),
     ("--dtype", "bfloat16"),
@@ -245,3 +245,76 @@ def test_classification(train, tmp_path, history, finetuning):
         with torch.no_grad():
             logits = classifier(**tokenizer("turn on the lamp number 3", return_tensors="pt")).logits
         assert classifier.config.id2label[int(logits.argmax())] == "light"
+
+
+def classification_rows(folder, number=40):
+    path = folder / "rows.csv"
+    with open(path, "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["text", "label"])
+        for i in range(number):
+            words = ["what is the weather", "turn on the lamp", "play some jazz in the kitchen now"][i % 3]
+            writer.writerow([f"{words} number {i}", ["weather", "light", "music"][i % 3]])
+    return path
+
+
+def test_classification_accumulation_equals_a_larger_batch(train, tmp_path, history):
+    from toolkit.modeling.samples import make
+
+    model = make("tiny-xlm-r", tmp_path / "encoder")
+    settings = json.loads((model / "config.json").read_text())
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+    (model / "config.json").write_text(json.dumps(settings | off))
+    curves = []
+    for batch_size, accumulation in ((8, 1), (2, 4), (1, 8)):
+        options = [
+            "--task",
+            "sequence-classification",
+            "--max-length",
+            64,
+            "--max-steps",
+            4,
+            "--learning-rate",
+            "5e-3",
+        ]
+        options += ["--batch-size", batch_size, "--gradient-accumulation-steps", accumulation]
+        data = classification_rows(tmp_path)
+        run = train(
+            "--model",
+            model,
+            "--data",
+            data,
+            *options,
+            defaults=False,
+            output_dir=tmp_path / f"run{batch_size}",
+        )
+        curves.append(losses(run, history))
+    assert curves[0][0] < 2.0
+    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
+    assert curves[2] == pytest.approx(curves[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("quantization", ["--load-in-4bit", "--load-in-8bit"])
+def test_classification_on_a_quantized_base(train, tmp_path, history, quantization):
+    from toolkit.modeling.samples import make
+
+    model = make("tiny-xlm-r", tmp_path / "encoder")
+    options = ["--task", "sequence-classification", "--max-length", 64, "--max-steps", 2, quantization]
+    run = train("--model", model, "--data", classification_rows(tmp_path), *options, defaults=False)
+    assert len(losses(run, history)) == 2
+
+
+def test_an_adapter_of_a_classifier_knows_its_classes(train, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from toolkit.modeling.samples import make
+
+    model = make("tiny-xlm-r", tmp_path / "encoder")
+    options = ["--task", "sequence-classification", "--max-length", 64, "--max-steps", 1]
+    run = train("--model", model, "--data", classification_rows(tmp_path), *options, defaults=False)
+    assert run.status == 0, run.err
+    final = run.folder / "final_model"
+    base = AutoModelForSequenceClassification.from_pretrained(model, config=AutoConfig.from_pretrained(final))
+    loaded = PeftModel.from_pretrained(base, final)
+    assert set(loaded.config.id2label.values()) == {"light", "music", "weather"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +19,18 @@ ENVIRONMENT.pop("OMP_NUM_THREADS", None)
 def start(tmp_path, tiny_model, chat_data):
     """start(command words, name, options…) → the run directory."""
 
-    def run(command: list[str], name: str, *options: object) -> Path:
+    def run(command: list[str], name: str, *options: object, base: list[object] | None = None) -> Path:
         folder = tmp_path / name
-        words = ["--model", tiny_model, "--data", chat_data["train"], "--eval-data", chat_data["valid"]]
-        words += ["--max-length", 160, "--max-steps", 4, "--lora-r", 4, "--learning-rate", "1e-2"]
-        words += ["--output-dir", folder, *options]
+        language_model = [
+            "--model",
+            tiny_model,
+            "--data",
+            chat_data["train"],
+            "--eval-data",
+            chat_data["valid"],
+        ]
+        language_model += ["--max-length", 160, "--lora-r", 4, "--learning-rate", "1e-2"]
+        words = [*(base or language_model), "--output-dir", folder, *options]
         result = subprocess.run(
             [*command, *map(str, words)],
             cwd=ROOT,
@@ -46,11 +54,20 @@ def plan(folder: Path) -> dict:
     return json.loads((folder / "environment.json").read_text())["plan"]
 
 
+def forget_after(folder: Path, step: int) -> None:
+    """As if the run had been killed right after its checkpoint of that step."""
+    lines = (folder / "journal.jsonl").read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines]
+    cut = next(i for i, r in enumerate(records) if r["event"] == "checkpoint" and r["step"] == step)
+    (folder / "journal.jsonl").write_text("".join(lines[: cut + 1]))
+    shutil.rmtree(folder / "final_model")
+
+
 def test_four_ways_one_plan(start):
     python = sys.executable
     recipe = str(ROOT / "recipes" / "centralized_hf.py")
     script = str(ROOT / "scripts" / "run_centralized.sh")
-    small = ("--batch-size", 2, "--gradient-accumulation-steps", 2)
+    small = ("--max-steps", 4, "--batch-size", 2, "--gradient-accumulation-steps", 2)
     folders = [
         start([python, "-m", "toolkit", "train", "centralized-hf"], "meldkit", *small),
         start([python, recipe], "python", *small),
@@ -67,8 +84,9 @@ def test_two_processes_follow_the_curve_of_one(start):
     """Two processes of two rows see the rows of one process that accumulates twice two; sums of floats in another
     order differ in the last bits, and the optimizer amplifies that: 1e-4 after four steps."""
     command = [sys.executable, "-m", "toolkit", "train", "centralized-hf"]
-    one = start(command, "one", "--batch-size", 2, "--gradient-accumulation-steps", 2)
-    two = start(command, "two", "--batch-size", 2, "--gradient-accumulation-steps", 1, "--num-processes", 2)
+    common = ("--max-steps", 4, "--batch-size", 2)
+    one = start(command, "one", *common, "--gradient-accumulation-steps", 2)
+    two = start(command, "two", *common, "--gradient-accumulation-steps", 1, "--num-processes", 2)
     assert plan(two)["num_processes"] == 2
     environment = json.loads((two / "environment.json").read_text())
     assert environment["num_processes"] == 2
@@ -78,3 +96,71 @@ def test_two_processes_follow_the_curve_of_one(start):
     for a, b in zip(*(h["evaluations"] for h in histories), strict=True):
         assert a["metrics"]["num_tokens"] == b["metrics"]["num_tokens"]
         assert a["metrics"]["loss"] == pytest.approx(b["metrics"]["loss"], abs=1e-4)
+
+
+@pytest.mark.faults
+def test_two_processes_interrupted_in_the_second_epoch_and_resumed(start):
+    """The rows of the rest of the epoch are those of that epoch, on both processes."""
+    command = [sys.executable, "-m", "toolkit", "train", "centralized-hf"]
+    options = ["--batch-size", 2, "--gradient-accumulation-steps", 1, "--num-processes", 2, "--max-steps", 10]
+    options += ["--lora-dropout", 0.1, "--checkpoint-every", 8]
+    whole = start(command, "whole", *options)
+    part = start(command, "part", *options)
+    forget_after(part, 8)
+    start(command, "part", *options, "--resume")
+    assert losses(part) == losses(whole)
+    weights = "final_model/adapter_model.safetensors"
+    assert (part / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+@pytest.fixture
+def classification(tmp_path) -> list[object]:
+    """Options that train a tiny encoder without dropout on two classes."""
+    from toolkit.modeling.samples import make
+
+    model = make("tiny-xlm-r", tmp_path / "encoder")
+    settings = json.loads((model / "config.json").read_text())
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+    (model / "config.json").write_text(json.dumps(settings | off))
+    rows = [{"text": f"{word} number {i}", "label": word} for i in range(12) for word in ("lamp", "jazz")]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--task", "sequence-classification", "--model", model, "--data", data, "--eval-fraction", 0.25]
+    return [*options, "--max-length", 64, "--lora-r", 4, "--learning-rate", "1e-2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+def test_deepspeed_follows_the_curve_of_one_process(start, classification, stage, task):
+    command = [sys.executable, "-m", "toolkit", "train", "centralized-hf"]
+    base = None if task == "causal-lm" else classification
+    common = ("--max-steps", 4, "--batch-size", 2)
+    one = start(command, "one", *common, "--gradient-accumulation-steps", 2, base=base)
+    sharded = ("--num-processes", 2, "--deepspeed", stage, "--gradient-accumulation-steps", 1)
+    two = start(command, "two", *common, *sharded, base=base)
+    assert plan(two)["deepspeed"] == stage
+    assert losses(two) == pytest.approx(losses(one), abs=1e-3)
+    assert (two / "final_model" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_deepspeed_resumes(start, stage):
+    command = [sys.executable, "-m", "toolkit", "train", "centralized-hf"]
+    options = [
+        "--max-steps",
+        10,
+        "--batch-size",
+        2,
+        "--gradient-accumulation-steps",
+        1,
+        "--checkpoint-every",
+        8,
+    ]
+    options += ["--num-processes", 2, "--deepspeed", stage]
+    whole, part = start(command, "whole", *options), start(command, "part", *options)
+    forget_after(part, 8)
+    start(command, "part", *options, "--resume")
+    assert losses(part) == losses(whole)

@@ -1,5 +1,7 @@
 """The trainer contract on the Hugging Face backend: pausing, many on one base, saving, resuming."""
 
+import time
+
 import pytest
 import torch
 
@@ -203,7 +205,7 @@ def test_non_finite_loss_stops_before_the_step(build, make_model, make_config):
     before = part.trainer.state()
     with torch.no_grad():
         model.get_base_model().model.embed_tokens.weight.fill_(float("nan"))
-    with pytest.raises(NonFiniteLossError, match=r"ann: the loss of step 3 is nan"):
+    with pytest.raises(NonFiniteLossError, match=r"ann: the loss of step 3 is not a finite number"):
         part.trainer.fit(5)
     assert same(before, part.trainer.state())
 
@@ -238,3 +240,71 @@ def test_another_number_of_processes_is_refused(build, make_model, make_config):
     again = build("ann", add_adapter(make_model(), make_config(), name="ann"), adapter="ann")
     with pytest.raises(CheckpointError, match="2 processes"):
         again.trainer.start(folder)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(build, make_model, make_config):
+    model = add_adapter(make_model(), make_config(), name="ann")
+    part = build("ann", model, adapter="ann")
+    part.trainer.start()
+    part.trainer.fit(2)
+    before = part.trainer.state()
+    weight = next(p for n, p in model.named_parameters() if "lora_A.ann" in n)
+    hook = weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NonFiniteLossError, match="ann: the gradient of step 3"):
+        part.trainer.fit(5)
+    hook.remove()
+    assert same(before, part.trainer.state())
+
+
+def test_pauses_are_no_part_of_a_step(build, make_model, make_config):
+    model = add_adapter(make_model(), make_config(), name="ann")
+    part = build("ann", model, adapter="ann")
+    part.trainer.start()
+    part.trainer.fit(2)
+    time.sleep(1.0)
+    part.trainer.fit(3)
+    assert part.steps[2].step_seconds < 0.8
+
+
+def test_turns_in_mid_epoch_with_accumulation(solo, build, make_model, make_config, make_rows):
+    """Ann is paused before the short last step of her epoch, Bea in the middle of hers: both steps count."""
+    options = {"gradient_accumulation_steps": 2, "batch_size": 2}
+    rows = {"ann": make_rows(10, seed=1), "bea": make_rows(16, seed=2)}
+    alone = {name: solo(name, seed=i, rows=rows[name], **options) for i, name in enumerate(rows)}
+    model, parts = make_model(), {}
+    for i, name in enumerate(rows):
+        torch.manual_seed(i)
+        make_model()
+        model = add_adapter(model, make_config(**options), name=name)
+        parts[name] = build(name, model, adapter=name, rows=rows[name], **options)
+    for part in parts.values():
+        part.trainer.start()
+    while any(p.trainer.step < p.trainer.num_steps for p in parts.values()):
+        for part in parts.values():
+            part.trainer.fit(part.trainer.step + 1)
+    for name, part in parts.items():
+        assert same(alone[name].trainer.state(), part.trainer.state()), name
+
+
+def test_checkpoints_of_two_adapters_on_one_base_are_apart(build, make_model, make_config, make_rows):
+    model, parts, states, folders = make_model(), {}, {}, {}
+    for i, name in enumerate(("ann", "bea")):
+        torch.manual_seed(i)
+        model = add_adapter(model, make_config(), name=name)
+        parts[name] = build(name, model, adapter=name, rows=make_rows(18, seed=i))
+    for i, (name, part) in enumerate(parts.items()):
+        part.trainer.start()
+        part.trainer.fit(3 + i)
+        folders[name], states[name] = part.trainer.save(), part.trainer.state()
+    assert not (folders["ann"] / "bea").exists()
+    again, restored = make_model(), {}
+    for i, name in enumerate(("ann", "bea")):
+        again = add_adapter(again, make_config(), name=name)
+        restored[name] = build(name, again, adapter=name, rows=make_rows(18, seed=i))
+    for name in ("bea", "ann"):
+        restored[name].trainer.start(folders[name])
+    for name in ("ann", "bea"):
+        assert same(states[name], restored[name].trainer.state()), name
+    third = build("bea", again, adapter="bea")
+    with pytest.raises(CheckpointError, match="a checkpoint of ann, not of bea"):
+        third.trainer.start(folders["ann"])

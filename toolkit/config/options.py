@@ -157,7 +157,7 @@ class RowOptions(Options):
 
     data: str
     """Training data: a .json, .jsonl, .csv or .parquet file, a folder of such files or saved with datasets,
-    or a data set's hub id."""
+    or a data set's hub id (NAME, or NAME:CONFIGURATION)."""
 
     eval_data: str | None = None
     """Held-out data in any of these forms. Without it, a split named validation or test in --data, else

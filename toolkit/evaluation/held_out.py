@@ -87,17 +87,18 @@ def _classifier(model: Any, rows: Any, collator: Any, batch_size: int, accelerat
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     predicted: list[torch.Tensor] = []
     expected: list[torch.Tensor] = []
+    num_labels = 0
     for numbers in _batches(rows, batch_size, accelerator):
         batch = collator([rows[i] for i in numbers] or [rows[0]])
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
         logits = model(**batch).logits.float()
+        num_labels = logits.shape[-1]
         if not numbers:
             continue
         loss_sum += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").double()
         predicted.append(logits.argmax(dim=-1))
         expected.append(labels)
-    num_labels = model.config.num_labels
     confusion = torch.zeros(num_labels, num_labels, dtype=torch.float64, device=accelerator.device)
     if expected:
         pairs = torch.cat(expected) * num_labels + torch.cat(predicted)

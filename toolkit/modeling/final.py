@@ -42,7 +42,13 @@ def write_card(
 
 @torch.no_grad()
 def merge_adapter(
-    config: Any, plan: Any, adapter_folder: Path, folder: Path, tokenizer: Any, **labels: Any
+    config: Any,
+    plan: Any,
+    adapter_folder: Path,
+    folder: Path,
+    tokenizer: Any,
+    *,
+    label_names: list[str] | None = None,
 ) -> float:
     """Merge the adapter into its base in the base's own precision and save an ordinary model.
 
@@ -54,13 +60,13 @@ def merge_adapter(
         adapter_folder: a saved adapter.
         folder: where the merged model goes.
         tokenizer: saved beside it.
-        labels: ``label_names`` of a classifier.
+        label_names: of a classifier.
 
     Returns:
         Largest absolute difference of the logits of merged model and adapter on a fixed input, as a check.
     """
     plain = config.model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
-    base = load_base(plain, plan, **labels)
+    base = load_base(plain, plan, label_names=label_names, pad_token_id=tokenizer.pad_token_id)
     model = PeftModel.from_pretrained(base, str(adapter_folder)).eval()
     probe = torch.arange(8, device=base.device)[None] + 5
     before = model(input_ids=probe).logits.float()

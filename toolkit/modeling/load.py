@@ -15,6 +15,9 @@ from toolkit.dependencies import is_installed
 from toolkit.errors import MissingDependencyError, ModelError
 from toolkit.modeling.source import ModelSource, find_model
 
+CLASSIFIER_HEADS = ("classifier", "score", "pre_classifier", "classification_head")
+"""Names of the heads of transformers' models for sequence classification."""
+
 
 def load_model_config(config: Any) -> Any:
     """The model's configuration, without its weights.
@@ -39,13 +42,21 @@ def load_model_config(config: Any) -> Any:
     return model_config
 
 
-def load_base(config: Any, plan: Any, *, label_names: list[str] | None = None, local_rank: int = 0) -> Any:
+def load_base(
+    config: Any,
+    plan: Any,
+    *,
+    label_names: list[str] | None = None,
+    pad_token_id: int | None = None,
+    local_rank: int = 0,
+) -> Any:
     """The base model with its weights, in ``--dtype``, quantized if asked for.
 
     Args:
         config: the recipe's options (ModelOptions and QuantizationOptions).
         plan: the launch plan; decides device and precision.
         label_names: names of the classes, for sequence classification.
+        pad_token_id: of the tokenizer, for a base that names none; a classifier finds a row's end by it.
         local_rank: which of the machine's devices is this process's.
 
     Raises:
@@ -79,8 +90,8 @@ def load_base(config: Any, plan: Any, *, label_names: list[str] | None = None, l
     model.config.use_cache = False
     if quantization is not None:
         _keep_cpu_weights_unpacked(model)
-    if config.task == "sequence-classification" and model.config.pad_token_id is None:
-        raise ModelError(f"{source.name} has no pad token, which a classifier of padded batches needs")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_token_id
     return model
 
 
@@ -91,14 +102,17 @@ def quantization_config(config: Any, plan: Any) -> BitsAndBytesConfig | None:
     if not is_installed("bitsandbytes"):
         option = "--load-in-4bit" if config.load_in_4bit else "--load-in-8bit"
         raise MissingDependencyError("bitsandbytes", purpose=option)
+    # A classifier's head is new and trained whole; transformers spares only the last layer of a model.
+    heads = list(CLASSIFIER_HEADS) if config.task == "sequence-classification" else None
     if config.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=heads)
     compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.mixed_precision, torch.float32)
     keywords: dict[str, Any] = {}
     if plan.quant_storage is not None:
         keywords["bnb_4bit_quant_storage"] = getattr(torch, plan.quant_storage)
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=heads,
         bnb_4bit_quant_type=config.quant_type,
         bnb_4bit_use_double_quant=config.nested_quant,
         bnb_4bit_compute_dtype=compute,
@@ -108,7 +122,7 @@ def quantization_config(config: Any, plan: Any) -> BitsAndBytesConfig | None:
 
 def _dtype(config: Any, plan: Any) -> Any:
     if config.dtype == "auto":
-        return "auto" if plan.device == "cuda" else torch.float32
+        return "auto" if plan.device == "cuda" and config.finetuning == "lora" else torch.float32
     return getattr(torch, config.dtype)
 
 

@@ -95,26 +95,34 @@ def _neighbours(path: Path) -> str | None:
     return f"in {parent} there are: {', '.join(names)}" if names else None
 
 
+NUM_SAMPLED_BLOCKS = 64
+
+
 def model_fingerprint(source: ModelSource, revision: str | None, commit: str | None) -> str:
     """What identifies the base of a run, in a form that can be compared after a resume.
 
-    Of a folder: SHA-256 over configuration, tokenizer and the header (names, shapes, places) and size of each weights
-    file, which takes milliseconds for models of any size. Of a hub id: the id and the commit.
+    Of a folder: SHA-256 over configuration, tokenizer, and of each weights file its size, its header (names, shapes,
+    places) and 64 blocks spread over it, which takes milliseconds for models of any size. Of a hub id: the id and the
+    commit.
     """
     if not source.is_local:
         return f"{source.name}@{commit or revision or 'main'}"
     digest = hashlib.sha256()
     for path in sorted(Path(source.name).iterdir()):
         if path.name == source.gguf_file or path.suffix == ".safetensors":
-            digest.update(f"{path.name}:{path.stat().st_size}".encode() + _header(path))
+            digest.update(f"{path.name}:{path.stat().st_size}".encode() + _sampled(path))
         elif path.name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def _header(path: Path) -> bytes:
+def _sampled(path: Path) -> bytes:
     with open(path, "rb") as stream:
         start = stream.read(8)
-        if path.suffix != ".safetensors" or len(start) < 8:
-            return start + stream.read(65536)
-        return start + stream.read(min(struct.unpack("<Q", start)[0], 100_000_000))
+        is_safetensors = path.suffix == ".safetensors" and len(start) == 8
+        header = stream.read(min(struct.unpack("<Q", start)[0], 100_000_000) if is_safetensors else 65536)
+        blocks = []
+        for number in range(NUM_SAMPLED_BLOCKS):
+            stream.seek(path.stat().st_size * number // NUM_SAMPLED_BLOCKS)
+            blocks.append(stream.read(4096))
+    return start + header + b"".join(blocks)

@@ -14,12 +14,25 @@ def trained_state(model: torch.nn.Module, adapter: str | None) -> dict[str, torc
         adapter: name of the adapter; None for the whole state dict. Names of an adapter's tensors do not contain the
             adapter's name, so that adapters of several participants have the same keys.
     """
+    return {name: tensor.detach().clone() for name, tensor in _tensors(model, adapter).items()}
+
+
+def trained_in_float32(model: torch.nn.Module) -> None:
+    """Hold what is trained in float32, in place, before an optimizer refers to it.
+
+    In bfloat16 most updates of a small learning rate round to nothing. TRL casts the adapters of a quantized base to
+    bfloat16, PEFT leaves the layers that are trained whole in the base's type.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+
+
+def _tensors(model: torch.nn.Module, adapter: str | None) -> dict[str, torch.Tensor]:
     if adapter is None:
-        tensors = model.state_dict()
-    else:
-        assert isinstance(model, PeftModel)
-        tensors = get_peft_model_state_dict(model, adapter_name=adapter)
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        return model.state_dict()
+    assert isinstance(model, PeftModel)
+    return get_peft_model_state_dict(model, adapter_name=adapter)
 
 
 @torch.no_grad()
@@ -31,7 +44,7 @@ def load_trained_state(
     Raises:
         ValueError: names or shapes differ from :func:`trained_state`; nothing was changed.
     """
-    own = trained_state(model, adapter)
+    own = _tensors(model, adapter)
     missing, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or foreign:
         raise ValueError(f"the state does not fit the model: missing {missing[:3]}, foreign {foreign[:3]}")

@@ -111,12 +111,8 @@ class CentralizedRun:
         with self.listener, contextlib.closing(self.trainer):
             try:
                 self._train(tokenizer, prepared, checkpoint)
-            except MeldkitError as error:
-                self._end("interrupted" if isinstance(error, Interrupted) else "failed", error=error.message)
-                raise
             except BaseException as error:
-                self._end("failed", error=f"{type(error).__name__}: {error}")
-                logger.debug("the run failed", exc_info=True)
+                self._end_by(error)
                 raise
         return 0
 
@@ -142,9 +138,9 @@ class CentralizedRun:
         if self.processes.is_main_process:
             self.store.recover()
             found = [self.store.latest()]
-            self.store.forget_after(_step_of(found[0]))
         if self.processes.num_processes > 1:
             broadcast_object_list(found)
+        self.store.forget_after(_step_of(found[0]))
         return found[0]
 
     def _build_trainer(self, tokenizer: Any, prepared: Prepared) -> ParticipantTrainer:
@@ -153,8 +149,13 @@ class CentralizedRun:
         # Under ZeRO-3 the model is sharded while it is loaded, if these arguments exist by then.
         sharding = build_arguments(config, world, self.store.staging) if self.plan.zero_stage == 3 else None
         transformers.set_seed(config.seed)
-        local_rank = self.processes.local_process_index
-        model = load_base(config, self.plan, label_names=prepared.label_names, local_rank=local_rank)
+        model = load_base(
+            config,
+            self.plan,
+            label_names=prepared.label_names,
+            pad_token_id=tokenizer.pad_token_id,
+            local_rank=self.processes.local_process_index,
+        )
         is_lora = config.finetuning == "lora"
         if is_lora:
             model = add_adapter(model, config)
@@ -211,8 +212,8 @@ class CentralizedRun:
         with self.stop:
             while trainer.step < trainer.num_steps:
                 self._go_to(boundaries)
-            self._evaluate("after")
             self._commit()
+            self._evaluate("after")
         self._answer_samples(tokenizer, "after")
         self._hand_over(tokenizer, prepared, time.monotonic() - began)
 
@@ -284,14 +285,15 @@ class CentralizedRun:
             )
             return
         for prompt in config.sample_prompts:
-            text = answer(
-                self.trainer.model,
-                tokenizer,
-                prompt,
-                system_prompt=config.sample_system_prompt,
-                num_tokens=config.sample_tokens,
-                device=self.trainer.accelerator.device,
-            )
+            with self.trainer.active():
+                text = answer(
+                    self.trainer.model,
+                    tokenizer,
+                    prompt,
+                    system_prompt=config.sample_system_prompt,
+                    num_tokens=config.sample_tokens,
+                    device=self.trainer.accelerator.device,
+                )
             self.directory.journal.append("sample", phase=phase, prompt=prompt, answer=text)
             self.listener.handle(
                 SampleRecord(participant=PARTICIPANT, phase=phase, prompt=prompt, answer=text)
@@ -313,16 +315,30 @@ class CentralizedRun:
         config = self.config
         rows = result_rows(self.directory.journal, self.trainer, seconds)
         is_lora = config.finetuning == "lora"
+        if is_lora and prepared.label_names:
+            # The names of the classes, and how many: an adapter's folder does not say.
+            self.trainer.model.config.save_pretrained(str(staged))
         write_card(staged, recipe=RECIPE, base=config.model, is_adapter=is_lora, rows=rows)
         if config.merge_final and is_lora:
-            labels = {"label_names": prepared.label_names} if prepared.label_names else {}
-            difference = merge_adapter(config, self.plan, staged, staged / "merged", tokenizer, **labels)
+            labels = prepared.label_names
+            difference = merge_adapter(
+                config, self.plan, staged, staged / "merged", tokenizer, label_names=labels
+            )
             rows.append(("Merged model, largest difference of logits", f"{difference:.2e}"))
         if final.exists():
             discard_folder(final)
         commit_folder(staged, final, {"step": self.trainer.step})
         self.directory.journal.append("finished", step=self.trainer.step)
         self._end("done", summary=rows, paths=[("Model saved to", str(final))])
+
+    def _end_by(self, error: BaseException) -> None:
+        """Record what ended the run. Nothing that fails here may hide ``error``: the disk may be full."""
+        status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+        text = error.message if isinstance(error, MeldkitError) else f"{type(error).__name__}: {error}"
+        try:
+            self._end(status, error=text)
+        except Exception:
+            logger.warning("the end of the run could not be recorded", exc_info=True)
 
     def _end(self, status: Any, *, summary: Any = (), paths: Any = (), error: str | None = None) -> None:
         if status != "done" and self.processes.is_main_process:

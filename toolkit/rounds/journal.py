@@ -54,9 +54,14 @@ class Journal:
     def _write(self, line: str) -> None:
         is_new = not self._path.exists()
         with open(self._path, "ab") as stream:
-            stream.write(line.encode())
-            stream.flush()
-            os.fsync(stream.fileno())
+            size = stream.tell()
+            try:
+                stream.write(line.encode())
+                stream.flush()
+                os.fsync(stream.fileno())
+            except OSError:  # a full disk: a part of a line must not come to stand before another
+                os.truncate(self._path, size)
+                raise
         if is_new:
             sync(self._path.parent)
 

@@ -21,7 +21,6 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "keep_checkpoints",
         "log_level",
         "main_process_port",
-        "merge_final",
         "project",
         "report_to",
         "run_name",
@@ -109,12 +108,12 @@ class RunDirectory:
             return
         if not self._foreign_files() or (self.path / JOURNAL_NAME).exists():
             clear_leftovers(self.path)
-        os.close(self._lock)
-        self._lock = None
         if not (self.path / JOURNAL_NAME).exists():
             (self.path / LOCK_NAME).unlink(missing_ok=True)
             if self._is_new_folder and not any(self.path.iterdir()):
                 self.path.rmdir()
+        os.close(self._lock)
+        self._lock = None
 
     def _prepare(self, config: dict[str, Any], recipe: str, resume: bool) -> None:
         has_run = (self.path / JOURNAL_NAME).is_file()
@@ -153,14 +152,15 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.path} cannot be written to: {error.strerror}") from error
 
     def _take_lock(self) -> None:
-        self._lock = os.open(self.path / LOCK_NAME, os.O_RDWR)
+        descriptor = os.open(self.path / LOCK_NAME, os.O_RDWR)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self.close()
+            os.close(descriptor)  # nothing more: the folder is the other process's
             raise RunDirectoryError(
                 f"{self.path} is in use by another process", hint="wait for it, or give another --output-dir"
             ) from error
+        self._lock = descriptor
 
     def _check_drift(self, config: dict[str, Any], recipe: str) -> None:
         created = Journal(self.path).records("created")

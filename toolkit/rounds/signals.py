@@ -1,5 +1,6 @@
-"""Ctrl-C and SIGTERM as a request: finish the step, commit a checkpoint, then leave."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request: finish the step, commit a checkpoint, then leave."""
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from typing import Any
 
 from toolkit.errors import Interrupted
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 SAME_REQUEST_SECONDS = 1.0
 """Signals closer together are one request: a cluster may signal the launcher and its processes both."""
@@ -26,6 +27,7 @@ class StopRequest:
         self._previous: dict[signal.Signals, Any] = {}
         self.received: str | None = None
         self._received_at = 0.0
+        self._process = os.getpid()
 
     def __call__(self) -> bool:
         return self.received is not None
@@ -40,6 +42,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a data loader's worker, forked with this handler
+            return
         name, now = signal.Signals(number).name, time.monotonic()
         if self.received is None:
             self.received, self._received_at = name, now

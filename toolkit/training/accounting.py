@@ -3,6 +3,7 @@
 TRL's own token count restarts from zero when a run is resumed. Here the counters are part of the checkpoint.
 """
 
+import math
 import time
 import zlib
 from collections.abc import Callable
@@ -51,6 +52,8 @@ class Accounting:
         self._stop_requested = stop_requested
         self._gather = gather
         self._tokens = self._trainable_tokens = self._digest = 0
+        self._num_tokens = self._num_trainable_tokens = 0
+        self._finite: torch.Tensor | None = None
         self._step_began = 0.0
 
     def begin_step(self, batches: list[dict[str, Any]], label_shift: int) -> None:
@@ -61,7 +64,8 @@ class Accounting:
                 unless the rows are packed.
             label_shift: 1 where token t predicts token t + 1 (the first label of a row is never used), else 0.
         """
-        self._step_began = time.perf_counter()
+        self.restart_clock()
+        self._finite = None
         self._tokens = self._trainable_tokens = self._digest = 0
         for batch in batches:
             input_ids, labels = batch["input_ids"], batch["labels"]
@@ -71,16 +75,40 @@ class Accounting:
             self._trainable_tokens += int((counted != LABEL_IGNORED).sum())
             self._digest = zlib.crc32(input_ids.detach().cpu().numpy().tobytes(), self._digest)
 
-    def check_loss(self, loss: torch.Tensor, step: int) -> None:
-        """Stop before the optimizer applies a loss that is not a number.
+    def restart_clock(self) -> None:
+        """The step begins now: its batches were drawn before a pause that is no part of it."""
+        self._step_began = time.perf_counter()
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Remember whether the loss of a batch is a number; looked at once a step, on all processes."""
+        finite = torch.isfinite(loss)
+        self._finite = finite if self._finite is None else self._finite & finite
+
+    def agree(self, step: int, grad_norm: float | None, *, may_skip_step: bool) -> None:
+        """Bring the processes together (one small gather), after the backward pass and before the optimizer.
+
+        Args:
+            step: optimizer steps done before this one.
+            grad_norm: before clipping, where it is known.
+            may_skip_step: fp16: a gradient that overflows makes the scaler skip the step and lower its scale.
 
         Raises:
-            NonFiniteLossError: with what to try, from most to least likely.
+            NonFiniteLossError: on all processes, where the loss of one, or the gradient, is not a number.
         """
-        if torch.isfinite(loss):
+        loss_ok = self._finite is None or bool(self._finite)
+        stop = int(self._stop_requested())
+        row = torch.tensor([self._tokens, self._trainable_tokens, self._digest, stop, int(loss_ok)])
+        rows = self._gather(row).tolist()
+        self._num_tokens, self._num_trainable_tokens = sum(r[0] for r in rows), sum(r[1] for r in rows)
+        for r in rows:
+            self.totals.digest = zlib.crc32(r[2].to_bytes(8, "little"), self.totals.digest)
+        self.stop_agreed = self.stop_agreed or any(r[3] for r in rows)
+        gradient_ok = grad_norm is None or math.isfinite(grad_norm) or may_skip_step
+        if gradient_ok and all(r[4] for r in rows):
             return
+        what = "gradient" if all(r[4] for r in rows) else "loss"
         raise NonFiniteLossError(
-            f"{self.name}: the loss of step {step + 1} is {loss.item()}; the step was not applied",
+            f"{self.name}: the {what} of step {step + 1} is not a finite number (NaN or infinity)",
             hint="lower --learning-rate (half of it first), raise --warmup-ratio to 0.1, keep --max-grad-norm at 1.0, "
             "prefer bf16 to fp16, and look at the rows with `meldkit data preview`",
         )
@@ -88,19 +116,10 @@ class Accounting:
     def end_step(
         self, *, step: int, epoch: float, loss: float, grad_norm: float | None, learning_rate: float
     ) -> None:
-        """Close an optimizer step on all processes (one small gather) and report it."""
-        seconds = time.perf_counter() - self._step_began
-        stop = int(self._stop_requested())
-        counts = self._gather(
-            torch.tensor([self._tokens, self._trainable_tokens, self._digest, stop])
-        ).tolist()
+        """Report an optimizer step after it was applied."""
         totals = self.totals
-        num_tokens, num_trainable_tokens = sum(row[0] for row in counts), sum(row[1] for row in counts)
-        totals.tokens += num_tokens
-        totals.trainable_tokens += num_trainable_tokens
-        for row in counts:
-            totals.digest = zlib.crc32(row[2].to_bytes(8, "little"), totals.digest)
-        self.stop_agreed = self.stop_agreed or any(row[3] for row in counts)
+        totals.tokens += self._num_tokens
+        totals.trainable_tokens += self._num_trainable_tokens
         self._on_step(
             StepStatistics(
                 step=step,
@@ -108,11 +127,11 @@ class Accounting:
                 loss=loss,
                 learning_rate=learning_rate,
                 grad_norm=grad_norm,
-                num_tokens=num_tokens,
-                num_trainable_tokens=num_trainable_tokens,
+                num_tokens=self._num_tokens,
+                num_trainable_tokens=self._num_trainable_tokens,
                 total_tokens=totals.tokens,
                 total_trainable_tokens=totals.trainable_tokens,
-                step_seconds=seconds,
+                step_seconds=time.perf_counter() - self._step_began,
                 batch_digest=f"{totals.digest:08x}",
             )
         )

@@ -62,6 +62,10 @@ def build_arguments(config: Any, world: Mapping[str, Any], staging: Path) -> Tra
             "dataset_kwargs": {"skip_prepare_dataset": True},
             "completion_only_loss": False,
         }
+        if (
+            "lm_head" in config.lora_target_modules
+        ):  # the chunked loss reads the head's weight past its adapter
+            values["loss_type"] = "nll"
     values |= config.trainer_args
     try:
         return arguments_class(**values)

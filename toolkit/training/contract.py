@@ -7,6 +7,7 @@ position stay as they are. Many trainers live side by side on one base; whicheve
 
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -128,10 +129,11 @@ class ParticipantTrainer(Protocol):
         ...
 
     def fit(self, until_step: int) -> bool:
-        """Train until ``until_step`` steps are done and pause. False when a stop was requested before that.
+        """Train until ``until_step`` steps are done and pause. False when a process asked to stop.
 
         Raises:
-            NonFiniteLossError: the loss became NaN or infinite; the step was not applied.
+            NonFiniteLossError: the loss or the gradient became NaN or infinite. Without DeepSpeed the step was not
+                applied.
         """
         ...
 
@@ -139,8 +141,19 @@ class ParticipantTrainer(Protocol):
         """Metrics on the held-out rows, without padding or duplicates; nothing of the training changes by it."""
         ...
 
+    def active(self) -> AbstractContextManager[None]:
+        """The participant's random number generators and adapter in place; the caller's come back afterwards.
+
+        For work on :attr:`model` between two calls, such as generating text.
+        """
+        ...
+
     def state(self) -> dict[str, Any]:
-        """Copies of the trained tensors by name: the adapter, or the full state dict."""
+        """Copies of the trained tensors by name: the adapter, or the full state dict.
+
+        Raises:
+            RunError: under DeepSpeed, which trains copies that this cannot reach.
+        """
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:

@@ -8,17 +8,18 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from toolkit.durable import write_json
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, RunError
 from toolkit.evaluation.held_out import evaluate_held_out
-from toolkit.modeling.states import load_trained_state, trained_state
+from toolkit.modeling.states import load_trained_state, trained_in_float32, trained_state
 from toolkit.training import rng
 from toolkit.training.accounting import Accounting
 from toolkit.training.arguments import build_arguments
@@ -30,11 +31,13 @@ POSITION_NAME = "position.json"
 """Our part of a checkpoint: where the participant stands and what it has counted."""
 
 
-class _Accounted(Trainer):
-    """Hooks of a Trainer that count its steps and decide the order of its rows."""
+class _Participant(Trainer):
+    """Hooks of a Trainer: counts, order of the rows, and checkpoints of one adapter among several on a base."""
 
     accounting: Accounting
     order: EpochOrder
+    adapter: str | None
+    step_grad_norm: float | None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         return self.order
@@ -46,19 +49,62 @@ class _Accounted(Trainer):
 
     def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
         loss = super().training_step(*arguments, **keywords)
-        self.accounting.check_loss(loss, self.state.global_step)
+        self.accounting.add_loss(loss)
         return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.step_grad_norm = None if grad_norm is None else float(grad_norm)
+        return grad_norm
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.adapter is None:
+            super()._save(output_dir, state_dict)
+            return
+        # PEFT saves all adapters of the base, and each but "default" into a folder of its own.
+        folder, model, tokenizer = (
+            Path(str(output_dir)),
+            cast(Any, self.model),
+            cast(Any, self.processing_class),
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(str(folder), state_dict=state_dict, selected_adapters=[self.adapter])
+        if self.adapter != "default":
+            for path in (folder / self.adapter).iterdir():
+                path.rename(folder / path.name)
+            (folder / self.adapter).rmdir()
+        tokenizer.save_pretrained(str(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.adapter is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        # transformers would load it in another dtype than it was trained in (PEFT's autocast of adapters).
+        tensors = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
+        load_trained_state(cast(Any, self.model), self.adapter, tensors)
 
     def create_model_card(self, *arguments: Any, **keywords: Any) -> None:
         """The recipe writes the model's card, once, into final_model/."""
 
 
-class _LanguageModelTrainer(_Accounted, SFTTrainer):
+class _LanguageModelTrainer(_Participant, SFTTrainer):
     pass
 
 
-class _ClassifierTrainer(_Accounted, Trainer):
-    pass
+class _ClassifierTrainer(_Participant):
+    """Encoders take any keyword and ignore ``num_items_in_batch``; transformers then neither divides their loss by the
+    accumulated batches nor weights ragged ones. So the loss is ours."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords, compute_loss_func=mean_over_rows)
+
+
+def mean_over_rows(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int
+) -> torch.Tensor:
+    """Cross-entropy of logits [B, labels] summed over the batch, divided by the rows of the whole step."""
+    loss_sum = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+    return loss_sum / num_items_in_batch
 
 
 class _Boundary(TrainerCallback):
@@ -71,10 +117,14 @@ class _Boundary(TrainerCallback):
         self._owner.pause()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._owner.begin_epoch()
         self._owner.pause_if_due()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._owner.pause_if_due()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._owner.agree()
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
@@ -96,6 +146,7 @@ class HFTrainer:
             self._trainer = self._build()
         self._call: PausableCall | None = None
         self._rng = rng.capture()
+        self._sync_gradients = True
 
     def _build(self) -> Any:
         setup = self._setup
@@ -112,6 +163,9 @@ class HFTrainer:
             data_collator=setup.collator,
             processing_class=setup.tokenizer,
         )
+        trainer.adapter = setup.adapter
+        if not trainer.is_deepspeed_enabled:  # it keeps master weights of its own
+            trained_in_float32(setup.model)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Boundary(self))
         trainer.order = EpochOrder(
@@ -181,22 +235,23 @@ class HFTrainer:
         if resume_from is not None:
             self._load_position(resume_from)
         self._call = PausableCall(lambda: self._trainer.train(resume_from_checkpoint=source))
-        with self._active():
+        with self.active():
             self._call.resume()
 
     def fit(self, until_step: int) -> bool:
+        accounting = self._trainer.accounting
         assert self._call is not None, "start() comes first"
         assert torch.is_grad_enabled(), "fit() inside torch.no_grad() would train nothing"
         self._until_step = min(until_step, self.num_steps)
-        if self.step < self._until_step and not self._trainer.accounting.stop_agreed:
-            with self._active():
+        if self.step < self._until_step and not accounting.stop_agreed:
+            with self.active():
                 self._call.resume()
-        return self.step >= self._until_step
+        return not accounting.stop_agreed
 
     def evaluate(self) -> dict[str, float]:
         if self._setup.evaluation is None:
             return {}
-        with self._active():
+        with self.active():
             return evaluate_held_out(
                 self._forward_model(),
                 self._setup.evaluation,
@@ -208,13 +263,15 @@ class HFTrainer:
             )
 
     def state(self) -> dict[str, torch.Tensor]:
+        self._refuse_deepspeed()
         return trained_state(self._trainer.model, self._setup.adapter)
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._refuse_deepspeed()
         load_trained_state(self._trainer.model, self._setup.adapter, state)
 
     def save(self) -> Path:
-        with self._active():
+        with self.active():
             self._trainer._save_checkpoint(self._trainer.model_wrapped, trial=None)
         folder = self._setup.staging / f"checkpoint-{self.step}"
         if self._trainer.args.should_save:
@@ -229,7 +286,7 @@ class HFTrainer:
         return folder
 
     def save_model(self, folder: Path) -> None:
-        with self._active():
+        with self.active():
             self._trainer.save_model(str(folder), _internal_call=True)
         (folder / "training_args.bin").unlink(missing_ok=True)
 
@@ -244,8 +301,20 @@ class HFTrainer:
         self._call.pause()
 
     def pause_if_due(self) -> None:
-        while self.step >= self._until_step or self._trainer.accounting.stop_agreed:
+        accounting = self._trainer.accounting
+        while self.step >= self._until_step or accounting.stop_agreed:
             self.pause()
+            accounting.restart_clock()
+
+    def begin_epoch(self) -> None:
+        # After a resume with several processes accelerate's chain of samplers is one link too long for its set_epoch.
+        self._trainer.order.set_epoch(self.step // self.num_steps_per_epoch)
+
+    def agree(self) -> None:
+        scaler = getattr(self._trainer.accelerator, "scaler", None)
+        self._trainer.accounting.agree(
+            self.step, self._trainer.step_grad_norm, may_skip_step=scaler is not None and scaler.is_enabled()
+        )
 
     def end_step(self, logs: dict[str, Any]) -> None:
         self._trainer.accounting.end_step(
@@ -267,16 +336,28 @@ class HFTrainer:
         yield
 
     @contextmanager
-    def _active(self) -> Iterator[None]:
-        """The participant's random number generators and adapter in place; the caller's come back afterwards."""
+    def active(self) -> Iterator[None]:
         callers = rng.capture()
         rng.restore(self._rng)
+        # One object for all Accelerators of the process; a paused step has it set already.
+        gradients = self._trainer.accelerator.gradient_state
+        callers_sync = gradients.sync_gradients
+        gradients._set_sync_gradients(self._sync_gradients)
         try:
             with self._own_adapter():
                 yield
         finally:
+            self._sync_gradients = gradients.sync_gradients
+            gradients._set_sync_gradients(callers_sync)
             self._rng = rng.capture()
             rng.restore(callers)
+
+    def _refuse_deepspeed(self) -> None:
+        if self._trainer.is_deepspeed_enabled:
+            raise RunError(
+                f"{self.name}: under DeepSpeed the trained tensors are sharded copies that cannot be read or replaced",
+                hint="merge without --deepspeed",
+            )
 
     def _forward_model(self) -> torch.nn.Module:
         trainer = self._trainer
@@ -292,5 +373,9 @@ class HFTrainer:
             raise CheckpointError(
                 f"{checkpoint} was written by {position['num_processes']} processes, this run has {processes}",
                 hint="resume with the same --num-processes",
+            )
+        if position["participant"] != self.name:
+            raise CheckpointError(
+                f"{checkpoint} is a checkpoint of {position['participant']}, not of {self.name}"
             )
         self._trainer.accounting.load(position["totals"])
