@@ -57,7 +57,7 @@ def test_what_governs_an_argument_is_an_option():
         ("per_device_train_batch_size=1", "is governed by the option 'batch_size'; use that"),
         ("max_length=1", "is governed by the option 'max_length'; use that"),
         ("hub_token=hf_x", "is a secret, and options are recorded"),
-        ("remove_unused_columns=true", "is set by meldkit itself"),
+        ("remove_unused_columns=true", "is not passed through: the data has the columns"),
         ("save_only_model=true", "a checkpoint cannot be resumed from"),
         ("ignore_data_skip=true", "a resumed run would train on rows a second time"),
         ("auto_find_batch_size=true", "batch_size is recorded and must hold"),

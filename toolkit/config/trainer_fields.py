@@ -68,7 +68,7 @@ GOVERNED = {
     "trust_remote_code": "trust_remote_code",
 }
 
-# Arguments that meldkit sets itself: another value would break a run. The reason, for the error.
+# Arguments that meldkit decides: another value would break a run. The reason, for the error.
 _SHARDING = "the option 'deepspeed' shards; other ways are not supported"
 SET_BY_MELDKIT = {
     "do_train": "a recipe trains",
@@ -144,7 +144,7 @@ def trainer_args_problems(trainer_args: dict[str, Any], task: str) -> Iterator[t
         if name in GOVERNED:
             yield name, f"is governed by the option '{GOVERNED[name]}'; use that"
         elif name in SET_BY_MELDKIT:
-            yield name, f"is set by meldkit itself: {SET_BY_MELDKIT[name]}"
+            yield name, f"is not passed through: {SET_BY_MELDKIT[name]}"
         elif name in SECRET:
             yield name, "is a secret, and options are recorded; set the environment variable HF_TOKEN"
         elif name not in fields:
