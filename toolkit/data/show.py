@@ -31,8 +31,10 @@ def show_report(report: CheckReport, console: Console) -> None:
         console.print(Text("\nLabels", style="bold"))
         console.print(_labels(parts))
     console.print()
-    for warning in (*report.warnings, *report.notes):
+    for warning in report.warnings:
         console.print(Text.assemble(("warning: ", "yellow"), warning))
+    for note in report.notes:
+        console.print(Text.assemble(("note: ", "dim"), note))
     for problem in report.problems:
         console.print(Text.assemble(("problem: ", "bold red"), problem))
     if not report.problems:
