@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
+from toolkit.data.columns import IGNORED
 from toolkit.evaluation.classification import accuracy_and_f1
-
-LABEL_IGNORED = -100
 
 
 @torch.no_grad()
@@ -70,8 +69,8 @@ def _language_model(
         if (
             not numbers
         ):  # ZeRO-3 gathers weights in the forward pass: all processes must make it equally often
-            batch["labels"] = torch.full_like(batch["labels"], LABEL_IGNORED)
-        num_tokens = (batch["labels"][:, 1:] != LABEL_IGNORED).sum()
+            batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+        num_tokens = (batch["labels"][:, 1:] != IGNORED).sum()
         if accepts_num_items:  # divided by one item, the model's mean over tokens is their sum
             loss_sum = model(**batch, num_items_in_batch=torch.ones_like(num_tokens), use_cache=False).loss
         else:

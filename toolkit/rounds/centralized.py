@@ -12,7 +12,6 @@ import transformers
 from accelerate.utils import broadcast_object_list
 
 from toolkit.data.collate import Collator
-from toolkit.data.identity import rows_sha256
 from toolkit.data.prepare import Prepared, prepare
 from toolkit.data.tokenizer import load_tokenizer
 from toolkit.durable import STAGING_PREFIX, commit_folder, discard_folder
@@ -127,7 +126,7 @@ class CentralizedRun:
             prepared = prepare(config, tokenizer, config.task, seed=config.seed)
         commit = getattr(model_config, "_commit_hash", None)
         facts = {
-            "data_fingerprint": rows_sha256(prepared.train, prepared.evaluation),
+            "data_fingerprint": prepared.fingerprint,
             "model_fingerprint": model_fingerprint(find_model(config.model), config.revision, commit),
             "num_processes": self.processes.num_processes,
         }

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
+from toolkit.data.columns import IGNORED
 from toolkit.errors import NonFiniteLossError
 from toolkit.training.contract import StepStatistics
-
-LABEL_IGNORED = -100
 
 
 @dataclass(slots=True)
@@ -72,7 +71,7 @@ class Accounting:
             mask = batch.get("attention_mask")
             self._tokens += int(input_ids.numel() if mask is None else mask.sum())
             counted = labels[:, label_shift:] if labels.dim() == 2 else labels
-            self._trainable_tokens += int((counted != LABEL_IGNORED).sum())
+            self._trainable_tokens += int((counted != IGNORED).sum())
             self._digest = zlib.crc32(input_ids.detach().cpu().numpy().tobytes(), self._digest)
 
     def restart_clock(self) -> None:

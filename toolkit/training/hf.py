@@ -83,6 +83,15 @@ class _Participant(Trainer):
         tensors = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
         load_trained_state(cast(Any, self.model), self.adapter, tensors)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled or self.args.device.type != "cpu":
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # transformers 5.17 loads to "cpu:0" where several processes share the CPU, a place that torch does not know.
+        for name, owner in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
+            state = torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            cast(Any, owner).load_state_dict(state)
+
     def create_model_card(self, *arguments: Any, **keywords: Any) -> None:
         """The recipe writes the model's card, once, into final_model/."""
 

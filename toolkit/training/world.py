@@ -15,6 +15,7 @@ DeepSpeed out without a word, so the CPU is chosen by DS_ACCELERATOR there.
 
 import os
 import socket
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ from toolkit.config.options import TrainingOptions
 from toolkit.errors import WorldSizeError
 from toolkit.launch.deepspeed import deepspeed_config
 from toolkit.launch.plan import LaunchPlan
+
+
+LONGEST_WAIT = timedelta(hours=2)
+"""How long processes wait for each other. Rank 0 may tokenise for longer than NCCL's ten minutes while the others
+wait; a process that dies is noticed by the launcher, not by this."""
 
 
 def prepare_world(plan: LaunchPlan) -> None:
@@ -40,9 +46,9 @@ def prepare_world(plan: LaunchPlan) -> None:
             _become_a_world_of_one()
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         backend = {"backend": "gloo"} if plan.device == "cpu" else {}
-        PartialState(False, **backend)
+        PartialState(False, timeout=LONGEST_WAIT, **backend)
     else:
-        PartialState(cpu=plan.device == "cpu")
+        PartialState(cpu=plan.device == "cpu", timeout=LONGEST_WAIT)
     assert_world(plan)
 
 
