@@ -27,7 +27,6 @@ from toolkit.errors import WorldSizeError
 from toolkit.launch.deepspeed import deepspeed_config
 from toolkit.launch.plan import LaunchPlan
 
-
 LONGEST_WAIT = timedelta(hours=2)
 """How long processes wait for each other. Rank 0 may tokenise for longer than NCCL's ten minutes while the others
 wait; a process that dies is noticed by the launcher, not by this."""
