@@ -96,7 +96,8 @@ def test_every_file_operation(run_kills):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [("--length-grouping",), ("--packing",), ("--finetuning", "full"), ("--use-dora",), ("--load-in-4bit",)]
+    "options",
+    [("--length-grouping",), ("--packing",), ("--finetuning", "full"), ("--use-dora",), ("--load-in-4bit",)],
 )
 def test_random_times(run_kills, options):
     generator = random.Random(7)

@@ -318,3 +318,27 @@ def test_an_adapter_of_a_classifier_knows_its_classes(train, tmp_path):
     base = AutoModelForSequenceClassification.from_pretrained(model, config=AutoConfig.from_pretrained(final))
     loaded = PeftModel.from_pretrained(base, final)
     assert set(loaded.config.id2label.values()) == {"light", "music", "weather"}
+
+
+def test_sample_prompts_system_prompt_and_length(train, tmp_path, history):
+    answers = {}
+    for name, options in {
+        "plain": (),
+        "short": ("--sample-tokens", 2),
+        "system": ("--sample-system-prompt", "turn on the lamp"),
+    }.items():
+        run = train("--max-steps", 1, "--sample-prompts", "red rose", *options, output_dir=tmp_path / name)
+        samples = history(run.folder)["samples"]
+        assert [s["phase"] for s in samples] == ["before", "after"]
+        answers[name] = samples[0]["answer"]
+    assert answers["plain"].startswith(answers["short"])
+    assert len(answers["short"]) < len(answers["plain"])
+    assert answers["system"] != answers["plain"]
+
+
+def test_dataloader_workers_give_the_same_run(train, tmp_path, history):
+    plain = losses(train("--max-steps", 2, output_dir=tmp_path / "plain"), history)
+    workers = losses(
+        train("--max-steps", 2, "--dataloader-workers", 1, output_dir=tmp_path / "workers"), history
+    )
+    assert workers == plain

@@ -100,6 +100,12 @@ def test_missing_packages(refused, monkeypatch):
     assert 'pip install "meldkit[deepspeed]"' in refused("--deepspeed", "zero2")
 
 
+def test_a_learning_rate_schedule_that_does_not_exist(refused):
+    assert "--lr-scheduler" in refused("--lr-scheduler", "cosin") or "lr_scheduler" in refused(
+        "--lr-scheduler", "cosin"
+    )
+
+
 def test_output_folder_of_another_run(train):
     assert train("--max-steps", 1).status == 0
     second = train("--max-steps", 1)

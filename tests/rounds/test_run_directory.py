@@ -94,3 +94,25 @@ def test_before_it_begins_nothing_stays_behind(tmp_path):
     (tmp_path / "own" / "experiment_config.json").write_text("{}")
     open_run(tmp_path / "own", begin=False).close()
     assert [p.name for p in (tmp_path / "own").iterdir()] == ["experiment_config.json"]
+
+
+def test_versions_that_changed_are_named(tmp_path):
+    run = RunDirectory(tmp_path / "run", CONFIG, recipe="centralized-hf", resume=False)
+    assert run.changed_versions({"torch": "1"}) == []
+    run.begin({}, {"versions": {"torch": "1", "trl": "2"}})
+    run.close()
+    again = open_run(tmp_path / "run", resume=True, begin=False)
+    assert again.changed_versions({"torch": "1", "trl": "3"}) == ["trl went from 2 to 3"]
+    again.close()
+
+
+def test_a_second_start_touches_nothing_of_the_first(tmp_path):
+    """Before the first one's journal exists, and while a checkpoint of it is being written."""
+    first = open_run(tmp_path / "run", begin=False)
+    (tmp_path / "run" / ".staging-model").mkdir()
+    for _ in range(2):
+        with pytest.raises(RunDirectoryError, match="in use by another process"):
+            open_run(tmp_path / "run")
+    assert (tmp_path / "run" / ".staging-model").is_dir()
+    assert (tmp_path / "run" / "run.lock").exists()
+    first.close()

@@ -29,3 +29,35 @@ def test_what_the_trainer_refuses_is_wrong_input(tmp_path, task, options, named)
         build_arguments(config, {"use_cpu": True, "bf16": False, "fp16": False}, tmp_path)
     assert caught.value.exit_status == 2
     assert named + "the installed " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "argument", "expected"),
+    [
+        ("gradient_checkpointing", True, "gradient_checkpointing", True),
+        ("gradient_checkpointing", False, "gradient_checkpointing", False),
+        ("dataloader_workers", 2, "dataloader_num_workers", 2),
+        ("eval_batch_size", 5, "per_device_eval_batch_size", 5),
+        ("max_steps", 7, "max_steps", 7),
+        ("max_steps", None, "max_steps", -1),
+        ("max_epochs", 1.5, "num_train_epochs", 1.5),
+        ("warmup_ratio", 0.25, "warmup_steps", 0.25),
+        ("max_grad_norm", 0.5, "max_grad_norm", 0.5),
+        ("optim", "sgd", "optim", "sgd"),
+        ("seed", 5, "data_seed", 5),
+    ],
+)
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+def test_options_reach_the_arguments(tmp_path, task, option, value, argument, expected):
+    config = CentralizedConfig(model="m", data="d", output_dir=tmp_path, task=task, **{option: value})
+    arguments = build_arguments(config, {"use_cpu": True, "bf16": False, "fp16": False}, tmp_path)
+    assert getattr(arguments, argument) == expected
+
+
+def test_a_head_with_an_adapter_is_trained_by_the_whole_loss(tmp_path):
+    """TRL's chunked loss reads the head's weight past its adapter."""
+    world = {"use_cpu": True, "bf16": False, "fp16": False}
+    plain = CentralizedConfig(model="m", data="d", output_dir=tmp_path)
+    head = CentralizedConfig(model="m", data="d", output_dir=tmp_path, lora_target_modules=["lm_head"])
+    assert build_arguments(plain, world, tmp_path).loss_type == "chunked_nll"
+    assert build_arguments(head, world, tmp_path).loss_type == "nll"

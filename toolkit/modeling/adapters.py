@@ -9,23 +9,25 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from toolkit.errors import ModelError
 
 
-def add_adapter(model: Any, config: Any, *, name: str = "default") -> PeftModel:
+def add_adapter(model: Any, config: Any, *, name: str = "default", autocast_dtype: bool = True) -> PeftModel:
     """Put a new LoRA adapter on ``model`` and make it the active one.
 
     Args:
         model: a base, or a PeftModel that already carries adapters of other participants.
         config: the recipe's options (AdapterOptions, ``task``).
         name: the adapter's name.
+        autocast_dtype: hold the adapter in float32 whatever the base's type. False under ZeRO-3, which gathers
+            tensors of one type only.
 
     Raises:
         ModelError: ``--lora-target-modules`` matches nothing; the message lists what there is.
     """
     lora = lora_config(model, config)
     if isinstance(model, PeftModel):
-        model.add_adapter(name, lora)
+        model.add_adapter(name, lora, autocast_adapter_dtype=autocast_dtype)
         model.set_adapter(name)
         return model
-    return get_peft_model(model, lora, adapter_name=name)
+    return get_peft_model(model, lora, adapter_name=name, autocast_adapter_dtype=autocast_dtype)
 
 
 def lora_config(model: Any, config: Any) -> LoraConfig:

@@ -15,7 +15,7 @@ from toolkit.data.collate import Collator
 from toolkit.data.prepare import Prepared, prepare
 from toolkit.data.tokenizer import load_tokenizer
 from toolkit.durable import STAGING_PREFIX, commit_folder, discard_folder
-from toolkit.errors import Interrupted, MeldkitError
+from toolkit.errors import Interrupted, LaunchError, MeldkitError
 from toolkit.evaluation.answers import answer
 from toolkit.launch.plan import LaunchPlan
 from toolkit.modeling.adapters import add_adapter
@@ -98,16 +98,23 @@ class CentralizedRun:
             with self.listener:
                 self._say("info", f"the run in {self.directory.path} is complete; nothing is left to do")
             return 0
+        if self.config.merge_final and self.plan.zero_stage == 3:
+            raise LaunchError(
+                "--merge-final needs the whole model in one process, which ZeRO-3 does not have",
+                hint="train without it, or with --deepspeed zero2",
+            )
         tokenizer, prepared, facts = self._prepare_data()
         self.directory.check_facts(facts)
         checkpoint = self._find_checkpoint()
         self.num_held_out = 0 if prepared.evaluation is None else len(prepared.evaluation)
         self.trainer = self._build_trainer(tokenizer, prepared)
-        self.directory.begin(
-            facts, environment.describe() | {"plan": self.plan.as_dict(), "plan_notes": list(self.plan.notes)}
-        )
+        here = environment.describe()
+        changed_versions = self.directory.changed_versions(here["versions"])
+        self.directory.begin(facts, here | {"plan": self.plan.as_dict(), "plan_notes": list(self.plan.notes)})
         self.listener = self._listen(_step_of(checkpoint) if self.config.resume else None)
         with self.listener, contextlib.closing(self.trainer):
+            for change in changed_versions:
+                self._say("warning", f"{change} since the run was started: its bits may not be the same")
             try:
                 self._train(tokenizer, prepared, checkpoint)
             except BaseException as error:
@@ -157,7 +164,7 @@ class CentralizedRun:
         )
         is_lora = config.finetuning == "lora"
         if is_lora:
-            model = add_adapter(model, config)
+            model = add_adapter(model, config, autocast_dtype=self.plan.zero_stage != 3)
         del sharding
         setup = TrainerSetup(
             name=PARTICIPANT,

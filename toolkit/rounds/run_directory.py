@@ -1,6 +1,7 @@
 """The run directory: one run, one writer, nothing of another run touched."""
 
 import fcntl
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,18 @@ class RunDirectory:
                     f"{self.path}: {name.replace('_', ' ')} is {value}, the run was started with {before}",
                     hint="restore it, or start a new run in another --output-dir",
                 )
+
+    def changed_versions(self, versions: dict[str, Any]) -> list[str]:
+        """Packages whose version is not the one that the run was started with, in words."""
+        try:
+            stored = json.loads((self.path / ENVIRONMENT_NAME).read_text(encoding="utf-8"))["versions"]
+        except (OSError, ValueError, KeyError):
+            return []
+        return [
+            f"{name} went from {stored.get(name)} to {versions.get(name)}"
+            for name in sorted(stored.keys() | versions.keys())
+            if stored.get(name) != versions.get(name)
+        ]
 
     def begin(self, facts: dict[str, Any], environment: dict[str, Any]) -> None:
         """From here on the folder holds a run: write its configuration, its environment and the first journal lines.
