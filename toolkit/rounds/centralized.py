@@ -14,12 +14,10 @@ from accelerate.utils import broadcast_object_list
 from toolkit.data.collate import Collator
 from toolkit.data.prepare import Prepared, prepare
 from toolkit.data.tokenizer import load_tokenizer
-from toolkit.durable import STAGING_PREFIX, commit_folder, discard_folder
 from toolkit.errors import Interrupted, LaunchError, MeldkitError
 from toolkit.evaluation.answers import answer
 from toolkit.launch.plan import LaunchPlan
 from toolkit.modeling.adapters import add_adapter
-from toolkit.modeling.final import merge_adapter, write_card
 from toolkit.modeling.load import load_base, load_model_config
 from toolkit.modeling.source import find_model, model_fingerprint
 from toolkit.reporting import environment, listeners, resources
@@ -36,6 +34,7 @@ from toolkit.reporting.records import (
 )
 from toolkit.rounds.boundaries import Boundaries
 from toolkit.rounds.checkpoints import CheckpointStore
+from toolkit.rounds.final_model import write_final_model
 from toolkit.rounds.run_directory import CONFIG_NAME, RunDirectory
 from toolkit.rounds.signals import StopRequest
 from toolkit.rounds.summary import configuration_rows, result_rows
@@ -308,32 +307,19 @@ class CentralizedRun:
     # The end
 
     def _hand_over(self, tokenizer: Any, prepared: Prepared, seconds: float) -> None:
-        """Write final_model/ whole and close the journal."""
-        final = self.directory.path / "final_model"
-        staged = self.directory.path / f"{STAGING_PREFIX}final_model"
-        if self.processes.is_main_process:
-            staged.mkdir(parents=True)
-        self.processes.wait_for_everyone()
-        self.trainer.save_model(staged)
-        self.processes.wait_for_everyone()
-        if not self.processes.is_main_process:
-            return
-        config = self.config
+        """Write final_model/ and close the journal."""
         rows = result_rows(self.directory.journal, self.trainer, seconds)
-        is_lora = config.finetuning == "lora"
-        if is_lora and prepared.label_names:
-            # The names of the classes, and how many: an adapter's folder does not say.
-            self.trainer.model.config.save_pretrained(str(staged))
-        write_card(staged, recipe=RECIPE, base=config.model, is_adapter=is_lora, rows=rows)
-        if config.merge_final and is_lora:
-            labels = prepared.label_names
-            difference = merge_adapter(
-                config, self.plan, staged, staged / "merged", tokenizer, label_names=labels
-            )
-            rows.append(("Merged model, largest difference of logits", f"{difference:.2e}"))
-        if final.exists():
-            discard_folder(final)
-        commit_folder(staged, final, {"step": self.trainer.step})
+        final = write_final_model(
+            self.directory.path,
+            self.trainer,
+            tokenizer,
+            config=self.config,
+            plan=self.plan,
+            recipe=RECIPE,
+            label_names=prepared.label_names,
+            rows=rows,
+            processes=self.processes,
+        )
         self.directory.journal.append("finished", step=self.trainer.step)
         self._end("done", summary=rows, paths=[("Model saved to", str(final))])
 

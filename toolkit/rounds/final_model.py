@@ -1,0 +1,55 @@
+"""``final_model/``: what a run hands over, whole or not at all."""
+
+from pathlib import Path
+from typing import Any
+
+from toolkit.durable import STAGING_PREFIX, commit_folder, discard_folder
+from toolkit.launch.plan import LaunchPlan
+from toolkit.modeling.final import merge_adapter, write_card
+from toolkit.training.contract import ParticipantTrainer
+
+
+def write_final_model(
+    run_dir: Path,
+    trainer: ParticipantTrainer,
+    tokenizer: Any,
+    *,
+    config: Any,
+    plan: LaunchPlan,
+    recipe: str,
+    label_names: list[str] | None,
+    rows: list[tuple[str, str]],
+    processes: Any,
+) -> Path:
+    """Save adapter or model, tokenizer, chat template and card; with ``--merge-final`` the merged model too.
+
+    Called on all processes.
+
+    Args:
+        run_dir: the run directory; a final_model/ that a killed run left there is replaced.
+        trainer: of the participant whose model it is.
+        label_names: of a classifier.
+        rows: results for the card; what merging measured is added.
+        processes: accelerate's PartialState.
+    """
+    final, staged = run_dir / "final_model", run_dir / f"{STAGING_PREFIX}final_model"
+    if processes.is_main_process:
+        staged.mkdir(parents=True)
+    processes.wait_for_everyone()
+    trainer.save_model(staged)
+    processes.wait_for_everyone()
+    if not processes.is_main_process:
+        return final
+    is_lora = config.finetuning == "lora"
+    if is_lora and label_names:
+        # The names of the classes, and how many: an adapter's folder does not say.
+        trainer.model.config.save_pretrained(str(staged))
+    write_card(staged, recipe=recipe, base=config.model, is_adapter=is_lora, rows=rows)
+    if config.merge_final and is_lora:
+        merged = staged / "merged"
+        difference = merge_adapter(config, plan, staged, merged, tokenizer, label_names=label_names)
+        rows.append(("Merged model, largest difference of logits", f"{difference:.2e}"))
+    if final.exists():
+        discard_folder(final)
+    commit_folder(staged, final, {"step": trainer.step})
+    return final
