@@ -40,6 +40,7 @@ def run_kills(tmp_path_factory, tiny_model, chat_data):
             "--cpu",
         ]
         argv += ["--checkpoint-every", "2", "--eval-every", "3", *options]
+        argv += [] if "full" in options else ["--lora-dropout", "0.1"]
         tasks = {"argv": list(map(str, argv)), "output_dir": str(folder / "run"), "kills": kills}
         tasks["out"] = str(folder / "results.jsonl")
         (folder / "tasks.json").write_text(json.dumps(tasks))
