@@ -33,8 +33,6 @@ def run_kills(tmp_path_factory, tiny_model, chat_data):
         argv += [
             "--gradient-accumulation-steps",
             "2",
-            "--lora-dropout",
-            "0.1",
             "--learning-rate",
             "1e-2",
             "--cpu",
