@@ -101,9 +101,10 @@ def test_missing_packages(refused, monkeypatch):
 
 
 def test_a_learning_rate_schedule_that_does_not_exist(refused):
-    assert "--lr-scheduler" in refused("--lr-scheduler", "cosin") or "lr_scheduler" in refused(
-        "--lr-scheduler", "cosin"
-    )
+    message = refused("--lr-scheduler", "cosin")
+    assert "--lr-scheduler: 'cosin' is not one of" in message
+    assert "did you mean 'cosine'?" in message
+    assert "reduce_lr_on_plateau" not in message  # what is refused is not offered
 
 
 def test_output_folder_of_another_run(train):

@@ -44,7 +44,9 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
 
 def test_a_saved_configuration_may_lie_there(tmp_path):
     (tmp_path / "experiment_config.json").write_text("{}")
-    open_run(tmp_path).close()
+    run = open_run(tmp_path)
+    assert run.journal.records("created")[0]["config"] == CONFIG
+    run.close()
 
 
 def test_nothing_to_resume(tmp_path):

@@ -135,8 +135,9 @@ def _trainer(config: BaseModel) -> Iterator[Conflict]:
             )
             yield Conflict((option,), (option,), message)
         elif _value(config, option) not in values:
-            suggestion = did_you_mean(str(_value(config, option)), values)
-            message = f"'{_value(config, option)}' is not one of {', '.join(sorted(values))}{suggestion}"
+            offered = sorted(set(values) - trainer_fields.SCHEDULES_BY_METRIC)
+            suggestion = did_you_mean(str(_value(config, option)), offered)
+            message = f"'{_value(config, option)}' is not one of {', '.join(offered)}{suggestion}"
             yield Conflict((option,), (option,), message)
 
 
