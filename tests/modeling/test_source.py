@@ -70,3 +70,10 @@ def test_fingerprint_sees_weights_tokenizer_and_config(folder):
     (folder / "model.safetensors").write_bytes(weights[:-4])
     assert fingerprint() != first
     assert model_fingerprint(find_model("org/name"), None, "abc") == "org/name@abc"
+
+
+def test_revision_and_remote_code_reach_from_pretrained():
+    source = find_model("org/name")
+    assert source.keywords(revision=None, trust_remote_code=False) == {"trust_remote_code": False}
+    given = source.keywords(revision="abc", trust_remote_code=True)
+    assert given == {"trust_remote_code": True, "revision": "abc"}

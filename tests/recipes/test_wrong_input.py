@@ -107,6 +107,14 @@ def test_a_learning_rate_schedule_that_does_not_exist(refused):
     assert "reduce_lr_on_plateau" not in message  # what is refused is not offered
 
 
+def test_too_many_duplicates(refused, train, tmp_path, chat_data):
+    row = chat_data["train"].read_text().splitlines()[0]
+    data = tmp_path / "rows.jsonl"
+    data.write_text(f"{row}\n" * 5)
+    assert "--max-duplicates" in refused("--data", data)
+    assert train("--data", data, "--max-duplicates", 1, "--max-steps", 1).status == 0
+
+
 def test_output_folder_of_another_run(train):
     assert train("--max-steps", 1).status == 0
     second = train("--max-steps", 1)
