@@ -1,8 +1,8 @@
 """What a kernel is asked to do: the inputs of one piece of a tensor, and the rule by which they become the output.
 
-Every backend (reference, torch, numba, triton) takes these and nothing else. All arithmetic is that of float64 in
-the order written here, from k = 0 upwards, without fused multiply-add; the result is rounded to float32 and from
-there to the output's dtype, each to nearest even (float64 outputs are not rounded). So backends agree bit for bit.
+Every backend (reference, torch, numba, triton) takes these and nothing else. All arithmetic is that of float64 in the
+order written here, from k = 0 upwards, without fused multiply-add; the result is rounded to float32 and from there to
+the output's dtype, each to nearest even (float64 outputs are not rounded). So backends agree bit for bit.
 
 Legend: K models, N elements, theta_k model k, theta_0 the base, delta_k = theta_k - theta_0 (exact or rounded in float64).
 """
@@ -57,7 +57,8 @@ class WeightedSum:
 class FisherMean:
     """out = sum_k w_k f_k theta_k / sum_k w_k f_k with f_k = max(F_k, floor_k).
 
-    Source: Matena & Raffel 2022, arXiv:2111.09832, eq. 4. Where the denominator is zero: sum_k fallback_k * theta_k. The product w_k * f_k is formed first.
+    The product w_k * f_k is formed first. Where the denominator is zero: sum_k fallback_k * theta_k.
+    Source: Matena & Raffel 2022, arXiv:2111.09832, eq. 4.
 
     Attributes:
         weights: [K], the models' weights, divided by whatever normalises F_k.
