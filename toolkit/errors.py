@@ -11,6 +11,7 @@ MeldkitError                    exit status 1
 ├── RunError                    exit status 1: the run started and failed
 │   ├── NonFiniteLossError      the loss became NaN or infinite
 │   ├── CheckpointError         a checkpoint is damaged, foreign or missing
+│   ├── MergeError              a merge cannot give a sound result, or its output is not what was written
 │   └── WorldSizeError          the processes or devices are not those that the plan asked for
 └── Interrupted                 exit status 75: SIGINT or SIGTERM; the run can be resumed
 
@@ -97,6 +98,10 @@ class NonFiniteLossError(RunError):
 
 
 class CheckpointError(RunError):
+    pass
+
+
+class MergeError(RunError):
     pass
 
 

@@ -4,7 +4,7 @@ Every backend (reference, torch, numba, triton) takes these and nothing else. Al
 order written here, from k = 0 upwards, without fused multiply-add; the result is rounded to float32 and from there to
 the output's dtype, each to nearest even (float64 outputs are not rounded). So backends agree bit for bit.
 
-Legend: K models, N elements, theta_k model k, theta_0 the base, delta_k = theta_k - theta_0 (exact or rounded in float64).
+Legend: K models, N elements, theta_k model k, theta_0 the base, delta_k = theta_k - theta_0 in float64.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,95 @@
+"""Merge methods by name: each is one function with its formula, its paper and its parameters."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from toolkit_kernels.rules import Rule
+
+if TYPE_CHECKING:
+    import torch
+
+    from toolkit.merging.group import TensorGroup
+
+REQUIRED: Any = object()
+
+MergeFunction = Callable[..., "Rule | torch.Tensor"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a method, under mergekit's name where mergekit has it.
+
+    Attributes:
+        name: as in a recipe file. The function's argument has the same name (``lambda_`` for ``lambda``).
+        kind: float, int, bool or str.
+        default: REQUIRED where there is none.
+        per_model: every model (not the base) has its own; the function gets a float64 array [K], or a list.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    per_model: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MergeMethod:
+    """A way to combine K tensors into one.
+
+    Attributes:
+        name: as in a recipe file.
+        function: called once for each tensor as ``function(group, **parameters)``; returns a rule, which a kernel
+            applies piece by piece, or the merged tensor itself where a whole tensor is needed at once.
+        summary: first line of the function's docstring.
+        paper: where the formula is from.
+        base: whether a base model must, may or must not be given.
+        base_is_a_model: the base is one of the K models (slerp's first one), not what deltas are taken from.
+        num_models: fewest and most models beside the base; None for any number.
+        parameters: what it understands.
+        needs_fisher: each model brings a Fisher file.
+    """
+
+    name: str
+    function: MergeFunction
+    summary: str
+    paper: str
+    base: Literal["required", "optional", "none"]
+    base_is_a_model: bool
+    num_models: tuple[int, int | None]
+    parameters: tuple[Parameter, ...]
+    needs_fisher: bool
+
+
+METHODS: dict[str, MergeMethod] = {}
+
+
+def merge_method(
+    name: str,
+    *,
+    paper: str,
+    parameters: Sequence[Parameter] = (),
+    base: Literal["required", "optional", "none"] = "none",
+    base_is_a_model: bool = False,
+    num_models: tuple[int, int | None] = (1, None),
+    needs_fisher: bool = False,
+) -> Callable[[MergeFunction], MergeFunction]:
+    """Register the decorated function as the merge method ``name``; its docstring begins with one sentence."""
+
+    def register(function: MergeFunction) -> MergeFunction:
+        if name in METHODS:
+            raise ValueError(f"the merge method {name!r} is registered twice")
+        summary = (function.__doc__ or "").strip().partition("\n")[0]
+        METHODS[name] = MergeMethod(
+            name, function, summary, paper, base, base_is_a_model, num_models, tuple(parameters), needs_fisher
+        )
+        return function
+
+    return register
+
+
+def merge_methods() -> dict[str, MergeMethod]:
+    """All methods by name."""
+    import toolkit.merging.methods  # noqa: F401 - importing the package registers them
+
+    return METHODS
