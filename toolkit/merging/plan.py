@@ -50,7 +50,7 @@ OTHER_ITEMSIZES = {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "b
 
 @dataclass(frozen=True, slots=True)
 class InputModel:
-    """A model that goes into the merge, for the report and for the check that a resumed merge still sees the same files.
+    """A model that goes into the merge: for the report, and so that a resumed merge sees the same files.
 
     Attributes:
         label: as the user named it.

@@ -9,7 +9,6 @@ from toolkit_kernels.rules import Rule
 if TYPE_CHECKING:
     import torch
 
-    from toolkit.merging.group import TensorGroup
 
 REQUIRED: Any = object()
 
