@@ -1,9 +1,14 @@
 """Merge methods by name: each is one function with its formula, its paper and its parameters."""
 
-from collections.abc import Callable, Sequence
+import keyword
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
+from toolkit.config.names import did_you_mean
+from toolkit.errors import ConfigError
 from toolkit_kernels.rules import Rule
 
 if TYPE_CHECKING:
@@ -58,6 +63,38 @@ class MergeMethod:
     num_models: tuple[int, int | None]
     parameters: tuple[Parameter, ...]
     needs_fisher: bool
+
+    def arguments(self, given: Mapping[str, Any], num_models: int) -> dict[str, Any]:
+        """The keyword arguments of ``function`` from parameters as a user gives them.
+
+        Args:
+            given: by the names of ``parameters``; a per-model one is a number for all models or a list of K.
+            num_models: K.
+
+        Raises:
+            ConfigError: names that the method does not know, lists of another length, a required one missing.
+        """
+        known = {parameter.name for parameter in self.parameters}
+        problems = [
+            f"{self.name} has no parameter '{name}'{did_you_mean(name, sorted(known))}"
+            for name in given
+            if name not in known
+        ]
+        arguments: dict[str, Any] = {}
+        for parameter in self.parameters:
+            value = given.get(parameter.name, parameter.default)
+            if value is REQUIRED:
+                problems.append(f"{self.name} needs the parameter '{parameter.name}'")
+                continue
+            if parameter.per_model:
+                values = list(value) if np.ndim(value) else [value] * num_models
+                if len(values) != num_models:
+                    problems.append(f"{parameter.name}: {len(values)} values for {num_models} models")
+                value = np.asarray(values, np.float64) if parameter.kind is float else values
+            arguments[f"{parameter.name}_" if keyword.iskeyword(parameter.name) else parameter.name] = value
+        if problems:
+            raise ConfigError(problems)
+        return arguments
 
 
 METHODS: dict[str, MergeMethod] = {}
