@@ -29,9 +29,18 @@ PIECE_SIZE = 256 * BLOCK
 class Reader(Protocol):
     """One tensor of one model. Safe to use from several threads."""
 
-    shape: tuple[int, ...]
-    dtype: str  # torch's name: bfloat16, float32, int64, ...
-    where: str  # file or model, for messages
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str:
+        """Torch's name: bfloat16, float32, int64, ..."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """File or model, for messages."""
+        ...
 
     def span(self, start: int, size: int) -> Span:
         """Elements ``start`` to ``start + size`` of the flattened tensor; a view where that is possible."""

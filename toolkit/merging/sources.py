@@ -8,19 +8,27 @@ from toolkit.merging.group import Reader
 
 
 class Source(Protocol):
-    """The tensors of one model.
+    """The tensors of one model."""
 
-    Attributes:
-        label: as the user named it.
-        folder: where configuration and tokenizer lie.
-        config: config.json.
-        files: weights files, for hashing.
-    """
+    @property
+    def label(self) -> str:
+        """As the user named it."""
+        ...
 
-    label: str
-    folder: Path
-    config: Mapping[str, Any]
-    files: tuple[Path, ...]
+    @property
+    def folder(self) -> Path:
+        """Where configuration and tokenizer lie."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Weights files, for hashing."""
+        ...
 
     def names(self) -> list[str]:
         """Tensor names, by file and by place in the file."""
