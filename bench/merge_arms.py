@@ -1,0 +1,91 @@
+"""What bench/merge.py times in a fresh process: one merge by meldkit, by mergekit, or the mere reading and writing.
+
+    PYTHON bench/merge_arms.py meldkit|mergekit|copy CONFIG.yml OUT [--threads N] [--fsync]
+
+Prints one line of JSON: seconds from the first look at the configuration to the last byte of the output, imports not
+counted. The mergekit arm runs under the interpreter of mergekit's own environment and imports nothing of meldkit.
+"""
+
+import argparse
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+PIECE_BYTES = 1 << 20
+
+
+def meldkit(config: Path, out: Path, threads: int, fsync: bool) -> dict:
+    from toolkit.merging.folders import merge_folders
+    from toolkit.merging.resolve import plan_merge  # noqa: F401 - imported before the clock starts
+
+    from toolkit_kernels.dispatch import backend
+
+    kernels = backend("auto")
+    began = time.perf_counter()
+    report = merge_folders(config, out, num_threads=threads, hash_inputs=False, durable=fsync)
+    return {"seconds": time.perf_counter() - began, "backend": kernels.name, "parts": report.seconds}
+
+
+def mergekit(config: Path, out: Path, threads: int, fsync: bool) -> dict:
+    import torch
+    import yaml
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+
+    torch.set_num_threads(threads)
+    began = time.perf_counter()
+    merge_config = MergeConfiguration.model_validate(yaml.safe_load(config.read_text(encoding="utf-8")))
+    options = MergeOptions(copy_tokenizer=False, lazy_unpickle=True, random_seed=0, quiet=True)
+    run_merge(merge_config, str(out), options)
+    return {"seconds": time.perf_counter() - began}
+
+
+def copy(config: Path, out: Path, threads: int, fsync: bool) -> dict:
+    """Read every input once into a buffer that is used again, write as many bytes as one model has."""
+    import yaml
+
+    recipe = yaml.safe_load(config.read_text(encoding="utf-8"))
+    folders = {Path(entry["model"]) for entry in recipe["models"]}
+    folders |= {Path(recipe["base_model"])} if "base_model" in recipe else set()
+    files = [path for folder in sorted(folders) for path in sorted(folder.glob("*.safetensors"))]
+    num_bytes = max(sum(p.stat().st_size for p in folder.glob("*.safetensors")) for folder in folders)
+    out.mkdir()
+    began = time.perf_counter()
+    target = os.open(out / "model.safetensors", os.O_RDWR | os.O_CREAT, 0o644)
+    os.posix_fallocate(target, 0, num_bytes)
+    sources = [(os.open(path, os.O_RDONLY), path.stat().st_size) for path in files]
+
+    def work(thread: int) -> None:
+        buffer = memoryview(bytearray(PIECE_BYTES))
+        for descriptor, size in sources:
+            for start in range(thread * PIECE_BYTES, size, threads * PIECE_BYTES):
+                os.preadv(descriptor, [buffer], start)
+        for start in range(thread * PIECE_BYTES, num_bytes, threads * PIECE_BYTES):
+            os.pwrite(target, buffer[: num_bytes - start], start)
+
+    workers = [threading.Thread(target=work, args=(thread,)) for thread in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if fsync:
+        os.fsync(target)
+    return {"seconds": time.perf_counter() - began}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("arm", choices=["meldkit", "mergekit", "copy"])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--fsync", action="store_true")
+    arguments = parser.parse_args()
+    arm = {"meldkit": meldkit, "mergekit": mergekit, "copy": copy}[arguments.arm]
+    print(json.dumps(arm(arguments.config, arguments.out, arguments.threads, arguments.fsync)))
+
+
+if __name__ == "__main__":
+    main()
