@@ -1,0 +1,92 @@
+"""How the per-example gradients of a layer's parameters follow from its input and the gradient of its output.
+
+A rule is chosen by the layer's type and never trusted for that alone: ``probe.py`` compares what it gives with autograd
+before it is used. Shapes: B examples, T tokens, O outputs, I inputs, D width.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from toolkit.merging.fisher.squares import Lookups, Products
+
+Contribution = Products | Lookups | torch.Tensor
+"""What one call of a layer adds to the gradient of a parameter. A tensor is [B, T, D], to be summed over T."""
+Rule = Callable[[nn.Module, torch.Tensor, torch.Tensor], dict[str, Contribution]]
+"""(layer, input [B, T, ...], gradient of the output [B, T, ...]) → contributions by the parameter's name in the layer."""
+
+
+def rule_of(module: nn.Module) -> Rule | None:
+    """The rule for the parameters that belong to ``module`` itself, None where there is none."""
+    if isinstance(module, nn.Embedding):
+        plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+        return _embedding if plain else None
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) != 1:
+        return None
+    for layer_type, rule in RULES.items():
+        if isinstance(module, layer_type):
+            return rule
+    own = dict(module.named_parameters(recurse=False))
+    is_leaf = not any(module.children())
+    return _scale if is_leaf and own and all(p.dim() == 1 for p in own.values()) else None
+
+
+def _linear(module: nn.Module, input_BTI: torch.Tensor, grad_BTO: torch.Tensor) -> dict[str, Contribution]:
+    return {"weight": Products(grad_BTO, input_BTI), "bias": grad_BTO}
+
+
+def _transposed_linear(
+    module: nn.Module, input_BTI: torch.Tensor, grad_BTO: torch.Tensor
+) -> dict[str, Contribution]:
+    """transformers' Conv1D holds its weight as [I, O]."""
+    return {"weight": Products(input_BTI, grad_BTO), "bias": grad_BTO}
+
+
+def _embedding(module: nn.Module, ids_BT: torch.Tensor, grad_BTD: torch.Tensor) -> dict[str, Contribution]:
+    ids_BS = ids_BT.reshape(len(grad_BTD), -1)
+    padding = module.padding_idx
+    if padding is not None:
+        ids_BS = ids_BS.masked_fill(ids_BS == padding, -1)
+    return {"weight": Lookups(ids_BS, grad_BTD)}
+
+
+def _layer_norm(
+    module: nn.Module, input_BTD: torch.Tensor, grad_BTD: torch.Tensor
+) -> dict[str, Contribution]:
+    assert isinstance(module, nn.LayerNorm)
+    normalised = nn.functional.layer_norm(input_BTD.float(), module.normalized_shape, eps=module.eps)
+    return {"weight": normalised.mul_(grad_BTD), "bias": grad_BTD}
+
+
+def _rms_norm(module: nn.Module, input_BTD: torch.Tensor, grad_BTD: torch.Tensor) -> dict[str, Contribution]:
+    assert isinstance(module, nn.RMSNorm)
+    normalised = nn.functional.rms_norm(input_BTD.float(), module.normalized_shape, eps=module.eps)
+    return {"weight": normalised.mul_(grad_BTD)}
+
+
+def _scale(module: nn.Module, input_BTD: torch.Tensor, grad_BTD: torch.Tensor) -> dict[str, Contribution]:
+    """Any layer that multiplies or shifts its last dimension by vectors, as the RMS norms of transformers' models do.
+
+    Each example gets a copy of the vectors of its own (a broadcast one), and autograd differentiates by the copies.
+    """
+    own: Mapping[str, torch.Tensor] = dict(module.named_parameters(recurse=False))
+    with torch.enable_grad():
+        copies = {
+            name: p.detach()[None, None].expand(len(input_BTD), 1, -1).requires_grad_()
+            for name, p in own.items()
+        }
+        output = torch.func.functional_call(module, copies, (input_BTD,))
+        gradients = torch.autograd.grad(
+            output, list(copies.values()), grad_BTD, allow_unused=True, materialize_grads=True
+        )
+    return dict(zip(own, gradients, strict=True))
+
+
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: _linear,
+    Conv1D: _transposed_linear,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _rms_norm,
+}

@@ -1,0 +1,161 @@
+"""Sums of squared per-example gradients: F += Σ_b g_b², the arithmetic of the estimator.
+
+Shapes: B examples, T tokens (or calls times tokens), O outputs, I inputs, S lookups, V rows of an embedding, D width.
+Fisher buffers are float32; gradients and activations may be of a lower precision.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+BLOCK_NUM_ELEMENTS = 1 << 20
+"""Elements of one example's gradient that are made at a time (4 MiB): the block is squared while it is in the cache."""
+DEVICE_NUM_ELEMENTS = 1 << 26
+"""The same on an accelerator, for all examples of a batch together (256 MiB)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """Gradient of a matrix that multiplies tokens: g_b = Σ_t grad_bt ⊗ input_bt.
+
+    Attributes:
+        grad_BTO: gradient with respect to the product.
+        input_BTI: what was multiplied.
+    """
+
+    grad_BTO: torch.Tensor
+    input_BTI: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Lookups:
+    """Gradient of a matrix whose rows are looked up: row v of g_b is Σ_{s: id_bs = v} grad_bs.
+
+    Attributes:
+        ids_BS: row numbers, int64; -1 where no gradient belongs to a row (padding_idx).
+        grad_BSD: gradient with respect to the rows.
+    """
+
+    ids_BS: torch.Tensor
+    grad_BSD: torch.Tensor
+
+
+class Scratch:
+    """One reusable float32 buffer: fresh memory would cost more in page faults than the arithmetic in it."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def take(self, num_elements: int, device: torch.device) -> torch.Tensor:
+        if self._buffer.numel() < num_elements or self._buffer.device != device:
+            self._buffer = torch.empty(num_elements, dtype=torch.float32, device=device)
+        return self._buffer[:num_elements]
+
+
+def add_vector_squares(fisher_D: torch.Tensor, gradients_BTD: torch.Tensor) -> None:
+    """F += Σ_b (Σ_t g_bt)² of a bias or the scale of a norm."""
+    gradients_BD = gradients_BTD.sum(dim=1, dtype=torch.float32)
+    fisher_D.add_(gradients_BD.square_().sum(dim=0))
+
+
+def add_lookup_squares(fisher_VD: torch.Tensor, lookups: Lookups) -> None:
+    """F += Σ_b g_b² of an embedding. Touches only the rows that occur."""
+    occurs_BS = lookups.ids_BS >= 0
+    example_BS = torch.arange(len(occurs_BS), device=occurs_BS.device)[:, None].expand_as(occurs_BS)
+    num_rows = len(fisher_VD)
+    keys, inverse = torch.unique(
+        example_BS[occurs_BS] * num_rows + lookups.ids_BS[occurs_BS], return_inverse=True
+    )
+    sums = fisher_VD.new_zeros(len(keys), fisher_VD.shape[1])
+    sums.index_add_(0, inverse, lookups.grad_BSD[occurs_BS].float())
+    fisher_VD.index_add_(0, keys % num_rows, sums.square_())
+
+
+def add_product_squares(
+    fisher_OI: torch.Tensor, products: Products, scratch: Scratch, lookups: Lookups | None = None
+) -> None:
+    """F += Σ_b (Σ_t grad_bt ⊗ input_bt)², exactly; no gradient of a whole batch is ever squared.
+
+    With one token an example the square of a rank-one matrix is (grad²)ᵀ(input²), one product for the whole batch.
+    With more, one example's gradient is made block by block and squared while it is in the cache. The expansion of
+    the square over pairs of tokens would cost T(T+1)/2 products and cancel.
+
+    Args:
+        fisher_OI: float32, changed in place.
+        products: of every call of the parameter in this forward pass, joined along T.
+        lookups: of the same parameter used as an embedding too (tied weights): one sum before the square.
+    """
+    if fisher_OI.is_cuda:
+        _add_in_batches(fisher_OI, products, scratch, lookups)
+        return
+    grad_BTO, input_BTI = products.grad_BTO, products.input_BTI
+    spans = _spans(grad_BTO)
+    if lookups is None and all(stop - start <= 1 for start, stop in spans):
+        chosen = [(b, start) for b, (start, stop) in enumerate(spans) if stop > start]
+        if chosen:
+            b, t = (torch.tensor(index) for index in zip(*chosen, strict=True))
+            fisher_OI.addmm_(grad_BTO[b, t].float().square_().T, input_BTI[b, t].float().square_())
+        return
+    num_outputs, num_inputs = fisher_OI.shape
+    block = max(1, min(num_outputs, BLOCK_NUM_ELEMENTS // num_inputs))
+    buffer = scratch.take(block * num_inputs, fisher_OI.device)
+    examples = [
+        (b, grad_BTO[b, start:stop].float().T, input_BTI[b, start:stop].float())
+        for b, (start, stop) in enumerate(spans)
+        if stop > start or lookups is not None
+    ]
+    for first in range(0, num_outputs, block):
+        fisher_block = fisher_OI[first : first + block]
+        gradient = buffer[: fisher_block.numel()].view_as(fisher_block)
+        for b, grad_OT, input_TI in examples:
+            torch.mm(grad_OT[first : first + block], input_TI, out=gradient)
+            if lookups is not None:
+                _add_rows(gradient, lookups, b, first)
+            fisher_block.addcmul_(gradient, gradient)
+
+
+def _spans(grad_BTO: torch.Tensor) -> list[tuple[int, int]]:
+    """Of each example the range of tokens outside of which the gradient is zero: padding, prompts, all but the first."""
+    num_examples, num_tokens, _ = grad_BTO.shape
+    if num_tokens == 1 or bool((grad_BTO[:, 0 :: num_tokens - 1] != 0).any(dim=-1).all()):
+        return [(0, num_tokens)] * num_examples
+    spans = []
+    for used in (grad_BTO != 0).any(dim=-1).tolist():
+        start = used.index(True) if True in used else num_tokens
+        spans.append((start, num_tokens - used[::-1].index(True) if True in used else start))
+    return spans
+
+
+def _add_rows(gradient: torch.Tensor, lookups: Lookups, example: int, first: int) -> None:
+    rows = lookups.ids_BS[example] - first
+    inside = (rows >= 0) & (rows < len(gradient)) & (lookups.ids_BS[example] >= 0)
+    gradient.index_add_(0, rows[inside], lookups.grad_BSD[example][inside].float())
+
+
+def _add_in_batches(
+    fisher_OI: torch.Tensor, products: Products, scratch: Scratch, lookups: Lookups | None
+) -> None:
+    """The same on an accelerator: no transfer to decide anything, few and large launches."""
+    grad_BTO, input_BTI = products.grad_BTO, products.input_BTI
+    num_examples, num_tokens, num_outputs = grad_BTO.shape
+    num_inputs = input_BTI.shape[-1]
+    if num_tokens == 1 and lookups is None:
+        fisher_OI.addmm_(grad_BTO[:, 0].float().square_().T, input_BTI[:, 0].float().square_())
+        return
+    low = grad_BTO.dtype in (torch.bfloat16, torch.float16) and grad_BTO.dtype == input_BTI.dtype
+    if not low:
+        grad_BTO, input_BTI = grad_BTO.float(), input_BTI.float()
+    block = max(1, min(num_outputs, DEVICE_NUM_ELEMENTS // (num_examples * num_inputs)))
+    buffer = scratch.take(num_examples * block * num_inputs, fisher_OI.device)
+    for first in range(0, num_outputs, block):
+        fisher_block = fisher_OI[first : first + block]
+        gradients = buffer[: num_examples * fisher_block.numel()].view(num_examples, *fisher_block.shape)
+        grad_BRT = grad_BTO[:, :, first : first + block].transpose(1, 2)
+        if low:  # low-precision factors, products accumulated and kept in float32
+            torch.bmm(grad_BRT, input_BTI, out_dtype=torch.float32, out=gradients)
+        else:
+            torch.bmm(grad_BRT, input_BTI, out=gradients)
+        if lookups is not None:
+            for b in range(num_examples):
+                _add_rows(gradients[b], lookups, b, first)
+        fisher_block.add_(gradients.square_().sum(dim=0))
