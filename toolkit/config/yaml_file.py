@@ -104,9 +104,30 @@ def read_text(path: str | Path) -> str:
 
 def parse(text: str, file_name: str) -> tuple[list[Entry], list[str]]:
     """Parse the text of a file. ``file_name`` is used in messages only. Raises :class:`YamlProblem`."""
+    root = compose(text)
+    problems: list[str] = []
+    entries: list[Entry] = []
+    for name, node, line in _pairs(root, file_name, (), problems):
+        lines: dict[tuple[str, ...], int] = {}
+        value, as_text = _value(node, file_name, (name,), problems, lines)
+        entries.append(Entry(name, value, as_text, line, lines))
+    return entries, problems
+
+
+def compose(text: str, *, max_depth: int = MAX_DEPTH, aliases: bool = False) -> yaml.MappingNode:
+    """Return the nodes of a file whose top level is a mapping; tags are never followed.
+
+    Args:
+        text: YAML or JSON.
+        max_depth: levels of nesting.
+        aliases: allow anchors and aliases; an alias is then the same node object as its anchor, perhaps inside it.
+
+    Raises:
+        YamlProblem: with the line.
+    """
     text = _json_as_yaml(text)
     try:
-        _refuse_what_no_configuration_needs(text)
+        _refuse_what_no_configuration_needs(text, max_depth, aliases)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         raise YamlProblem(*_plain_words(error, text)) from None
@@ -119,13 +140,7 @@ def parse(text: str, file_name: str) -> tuple[list[Entry], list[str]]:
     if not isinstance(root, yaml.MappingNode):
         kind = "a list" if isinstance(root, yaml.SequenceNode) else "text"
         raise YamlProblem(f"holds {kind}; NAME: VALUE lines are expected", root.start_mark.line + 1)
-    problems: list[str] = []
-    entries: list[Entry] = []
-    for name, node, line in _pairs(root, file_name, (), problems):
-        lines: dict[tuple[str, ...], int] = {}
-        value, as_text = _value(node, file_name, (name,), problems, lines)
-        entries.append(Entry(name, value, as_text, line, lines))
-    return entries, problems
+    return root
 
 
 def scalar(text: str) -> Any:
@@ -174,14 +189,14 @@ def _json_as_yaml(text: str) -> str:
     return JSON_ONLY.sub(lambda match: f"\\u{ord(match[0]):04x}", text.replace("\t", " "))
 
 
-def _refuse_what_no_configuration_needs(text: str) -> None:
+def _refuse_what_no_configuration_needs(text: str, max_depth: int, aliases: bool) -> None:
     """Look at the stream of events, which is flat, before anything nested is built from it."""
     depth = num_documents = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1
-        if isinstance(event, yaml.AliasEvent):
+        if isinstance(event, yaml.AliasEvent) and not aliases:
             raise YamlProblem(f"'*{event.anchor}': aliases are not allowed; write the value out", line)
-        if getattr(event, "anchor", None):
+        if getattr(event, "anchor", None) and not aliases:
             raise YamlProblem(f"'&{event.anchor}': anchors are not allowed; write the value out", line)
         if getattr(event, "tag", None):
             raise YamlProblem(f"'{event.tag}': tags are not allowed", line)
@@ -191,8 +206,8 @@ def _refuse_what_no_configuration_needs(text: str) -> None:
                 raise YamlProblem("a second document starts here; one file holds one configuration", line)
         if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
             depth += 1
-            if depth > MAX_DEPTH:
-                raise YamlProblem(f"nested more than {MAX_DEPTH} levels deep", line)
+            if depth > max_depth:
+                raise YamlProblem(f"nested more than {max_depth} levels deep", line)
         elif isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
             depth -= 1
 
@@ -226,7 +241,7 @@ def _value(
     """Return the value of a node, and the value with its numbers as they were written."""
     if isinstance(node, yaml.ScalarNode):
         if node.style is not None:
-            text = _joined_surrogates(node.value, node.start_mark.line + 1)
+            text = joined_surrogates(node.value, node.start_mark.line + 1)
             return text, text
         value = scalar(node.value)
         return value, node.value if isinstance(value, int | float) and not isinstance(value, bool) else value
@@ -242,7 +257,7 @@ def _value(
     return values, texts
 
 
-def _joined_surrogates(text: str, line: int) -> str:
+def joined_surrogates(text: str, line: int) -> str:
     """JSON escapes a character beyond U+FFFF as two halves, which PyYAML leaves apart."""
     if not any("\ud800" <= character <= "\udfff" for character in text):
         return text
