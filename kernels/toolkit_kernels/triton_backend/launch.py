@@ -47,10 +47,12 @@ class Launch:
     def run(self, counts: torch.Tensor) -> None:
         """Compute, and add the numbers of results that are not finite to ``counts``, int64 [pieces]."""
         # Launches 1D grid where each program computes one block of one tensor.
-        grid = (self.chunks.shape[0],)
-        apply_kernel[grid](
-            self.rows, self.chunks, counts, self.variant, num_warps=NUM_WARPS, enable_fp_fusion=False
-        )
+        launch(apply_kernel, len(self.chunks), self.rows, self.chunks, counts, self.variant)
+
+
+def launch(kernel: Any, num_programs: int, *arguments: object) -> None:
+    """Queue a kernel in the current stream; products and sums stay apart, each rounded, as on a CPU."""
+    kernel[(num_programs,)](*arguments, num_warps=NUM_WARPS, enable_fp_fusion=False)
 
 
 def prepare(pieces: Sequence[Piece], device: torch.device) -> list[Launch]:
