@@ -8,6 +8,7 @@ import os
 import uuid
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ def collect_grams(
     num_rows = dict.fromkeys(layers, 0)
     mask: torch.Tensor | None = None
 
-    def record(name: str, x: torch.Tensor) -> None:
+    def record(name: str, _layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        x = inputs[0]
         if mask is not None and x.shape[:2] == mask.shape:
             x = x[mask]
         rows = x.reshape(-1, x.shape[-1]).float()
@@ -126,10 +128,7 @@ def collect_grams(
         sums[name].addmm_(rows.mT, rows)
         num_rows[name] += len(rows)
 
-    handles = [
-        layer.register_forward_pre_hook(lambda _layer, inputs, name=name: record(name, inputs[0]))
-        for name, layer in layers.items()
-    ]
+    handles = [layer.register_forward_pre_hook(partial(record, name)) for name, layer in layers.items()]
     num_examples = 0
     try:
         for batch in batches:

@@ -54,24 +54,7 @@ def fisher(
     a_k = w_k / |F_k|, the L2 norm over the model (``fisher_normalize: model``), over this tensor (``tensor``) or none
     (``none``). The plain weighted mean where sum_k a_k f_k = 0, and for a tensor whose Fisher a model has not.
     """
-    if fisher_normalize not in NORMS:
-        raise ConfigError([f"fisher_normalize is '{fisher_normalize}'; there are {', '.join(NORMS)}"])
-    if not fisher_floor >= 0:
-        raise ConfigError([f"fisher_floor is {fisher_floor:g}; it is a share of the mean, 0 or more"])
-    weights = importances(group, weight)
-    plain = shares(group, weights)
-    entries = [entry for entry in group.fisher if entry is not None]
-    if len(entries) < group.num_models:
-        return WeightedSum(plain)
-    # Floors are in the units of F_k, and the rule applies a_k to what it has floored: so both are normalised.
-    floors = np.array([fisher_floor * entry.mean for entry in entries])
-    return FisherMean(weights / _scales(entries, fisher_normalize), floors, plain)
-
-
-def _scales(entries: list[FisherTensor], name: str) -> Floats:
-    """What to divide each Fisher by; one where all of it is zero."""
-    scales = np.array([NORMS[name](entry) for entry in entries], np.float64)
-    return np.where(scales > 0, scales, 1.0)
+    return _fisher_mean(group, weight, fisher_normalize, fisher_floor)
 
 
 @merge_method(
@@ -90,4 +73,27 @@ def from_optimizer(
     optimizer). It is of gradients of batches, so F_k is smaller, about by the batch size, than that of ``fisher``;
     normalised, only the proportions count.
     """
-    return fisher(group, weight, fisher_normalize, fisher_floor)
+    return _fisher_mean(group, weight, fisher_normalize, fisher_floor)
+
+
+def _fisher_mean(
+    group: TensorGroup, weight: Floats, fisher_normalize: str, fisher_floor: float
+) -> FisherMean | WeightedSum:
+    if fisher_normalize not in NORMS:
+        raise ConfigError([f"fisher_normalize is '{fisher_normalize}'; there are {', '.join(NORMS)}"])
+    if not fisher_floor >= 0:
+        raise ConfigError([f"fisher_floor is {fisher_floor:g}; it is a share of the mean, 0 or more"])
+    weights = importances(group, weight)
+    plain = shares(group, weights)
+    entries = [entry for entry in group.fisher if entry is not None]
+    if len(entries) < group.num_models:
+        return WeightedSum(plain)
+    # Floors are in the units of F_k, and the rule applies a_k to what it has floored: so both are normalised.
+    floors = np.array([fisher_floor * entry.mean for entry in entries])
+    return FisherMean(weights / _scales(entries, fisher_normalize), floors, plain)
+
+
+def _scales(entries: list[FisherTensor], name: str) -> Floats:
+    """What to divide each Fisher by; one where all of it is zero."""
+    scales = np.array([NORMS[name](entry) for entry in entries], np.float64)
+    return np.where(scales > 0, scales, 1.0)

@@ -4,6 +4,7 @@ Legend: K models, R rows of C elements (C the last dimension; a tensor of one di
 """
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -124,7 +125,7 @@ def slerp_by_vectors(group: TensorGroup, t: float, *, along_first: bool, no_plan
     A vector runs along the last dimension, or along the first one.
     """
     columns = along_first and len(group.shape) > 1
-    length = group.size // group.shape[0] if columns else length_of_rows(group)
+    length = prod(group.shape[1:]) if columns else length_of_rows(group)
 
     def products(rows: Rows) -> torch.Tensor:
         a, b = rows.delta_KRC

@@ -1,13 +1,17 @@
 """Interpolation on a sphere. Angles and lengths come from one Gram matrix, so each method is a weighted sum."""
 
 from math import acos, fsum, pi, sin
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from toolkit.merging.group import TensorGroup
 from toolkit.merging.methods.weights import EQUAL_WEIGHT, WEIGHT, around_base, shares
 from toolkit.merging.registry import REQUIRED, Parameter, merge_method
-from toolkit_kernels.rules import Floats, Rule, WeightedSum
+from toolkit_kernels.rules import Floats, WeightedSum
+
+if TYPE_CHECKING:
+    import torch
 
 # slerp: from this cosine on the arc is a line as far as anyone can see.
 STRAIGHT = 0.9995
@@ -54,7 +58,9 @@ def slerp(group: TensorGroup, t: float) -> WeightedSum:
     base="optional",
     num_models=(2, 2),
 )
-def nuslerp(group: TensorGroup, weight: Floats, nuslerp_row_wise: bool, nuslerp_flatten: bool) -> Rule:
+def nuslerp(
+    group: TensorGroup, weight: Floats, nuslerp_row_wise: bool, nuslerp_flatten: bool
+) -> "WeightedSum | torch.Tensor":
     """Spherical interpolation of two models, or of their deltas around a base.
 
     slerp with t = w_1 / (w_0 + w_1), 1/2 where the weights add up to zero. Without ``nuslerp_flatten`` each vector of
