@@ -1,0 +1,274 @@
+"""Executes a plan: reads every input once, in pieces, and writes a folder that is complete or not there.
+
+Memory is a few pieces for each thread, whatever the size and the number of models: elements come from mapped files,
+rules are applied into one buffer that stays in the cache, and the buffer goes to its known place in a file that already
+has its full size.
+"""
+
+import os
+import stat
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from toolkit.durable import file_sha256, sync, write_json, write_text
+from toolkit.errors import Interrupted, ModelError
+from toolkit.merging.compute import Computer, Findings, check_tensor
+from toolkit.merging.interruption import stop_request
+from toolkit.merging.layout import Layout, lay_out
+from toolkit.merging.output_folder import OutputFolder, refuse_inputs
+from toolkit.merging.plan import MergePlan, tensor_readers
+from toolkit.merging.progress_file import ProgressFile, digest_of, parameter_groups
+from toolkit.merging.report import REPORT_NAME, Report, Seconds, group_facts, input_facts
+from toolkit.merging.safetensors_file import CARRIER, FileIdentity
+from toolkit.merging.verify import verify
+from toolkit.merging.weights_writer import WeightsWriter
+from toolkit.merging.work import Work
+from toolkit_kernels import dispatch
+from toolkit_kernels.pool import Pool
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How a plan is executed; what the result is, the plan says alone.
+
+    Attributes:
+        num_threads: None for one a core.
+        backend: of kernels: auto, numba, torch or reference. They give the same bits.
+        device: where methods compute that need whole tensors. Rules are applied on the CPU: they are faster than a bus.
+        resume: go on with a merge that was killed; it must be the same in all that determines the result.
+        verify: read the result again and compute a part of it with another backend, before it gets its name.
+        overwrite: replace an existing folder when the new one is complete.
+        non_finite: what NaN and infinity in an input are: an error, or kept and counted.
+        max_shard_bytes: of tensors in one file.
+        weights_name: of the file, without its ending: ``model`` or ``adapter_model``.
+        hash_inputs: SHA-256 of every input file, for the report.
+        record_seconds: at least this long between two records of what is finished; 0 records all the time.
+        on_progress: called, from any thread, with the bytes of the result that are written so far.
+    """
+
+    num_threads: int | None = None
+    backend: str = "auto"
+    device: str = "cpu"
+    resume: bool = False
+    verify: bool = False
+    overwrite: bool = False
+    non_finite: Literal["error", "keep"] = "error"
+    max_shard_bytes: int = 5_000_000_000
+    weights_name: str = "model"
+    hash_inputs: bool = True
+    record_seconds: float = 10.0
+    on_progress: Callable[[int], None] | None = None
+
+
+def execute(plan: MergePlan, out: Path, options: EngineOptions | None = None) -> Report:
+    """Merge into the folder ``out``.
+
+    Raises:
+        ModelError: an input is damaged, or holds NaN or infinity.
+        MergeError: the result is not finite, a file changed meanwhile, the disk is full, --verify found a difference.
+        RunDirectoryError: ``out`` is an input, exists, or has no room.
+        Interrupted: SIGINT or SIGTERM; the merge can be resumed.
+    """
+    options = options or EngineOptions()
+    started = time.perf_counter()
+    for tensor in plan.tensors:
+        check_tensor(tensor)
+    inputs = _identities(plan)
+    refuse_inputs(out, [identity.path for identity in inputs])
+    layout = lay_out(plan.tensors, options.max_shard_bytes, options.weights_name)
+    digest = digest_of(plan, layout, inputs)
+    with (
+        OutputFolder(out, digest, overwrite=options.overwrite) as folder,
+        Pool(options.num_threads) as pool,
+        stop_request() as stop,
+    ):
+        run = _Run(plan, layout, folder, inputs, pool, stop, options, digest)
+        try:
+            run.prepare()
+            run.seconds.planning = time.perf_counter() - started
+            run.merge()
+            return run.finish(started)
+        except (Interrupted, KeyboardInterrupt):
+            raise
+        except BaseException:
+            folder.discard(path for path in [folder.staged] if path.exists())
+            raise
+        finally:
+            run.close()
+
+
+def _identities(plan: MergePlan) -> list[FileIdentity]:
+    files = dict.fromkeys(path for model in plan.inputs for path in model.files)
+    try:
+        return [FileIdentity.of(path) for path in files]
+    except OSError as error:
+        raise ModelError(f"{error.filename}: {error.strerror}") from error
+
+
+class _Run:
+    """One execution, from the staging folder to the commit."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        layout: Layout,
+        folder: OutputFolder,
+        inputs: Sequence[FileIdentity],
+        pool: Pool,
+        stop: Callable[[], None],
+        options: EngineOptions,
+        digest: str,
+    ) -> None:
+        self.plan, self.layout, self.folder, self.inputs = plan, layout, folder, inputs
+        self.pool, self.stop, self.options = pool, stop, options
+        self.seconds = Seconds()
+        self.findings = Findings()
+        self.computer = Computer(
+            dispatch.backend(options.backend, "cpu"),
+            seed=plan.seed,
+            device=options.device,
+            non_finite=options.non_finite,
+        )
+        group_of, self.groups = parameter_groups(layout.places)
+        self.writer = WeightsWriter(folder.staged, layout)
+        self.progress = ProgressFile(folder.staged, digest, self.writer.sync, seconds=options.record_seconds)
+        self.todo = layout.places
+        self.resumed = False
+        self.notes: list[str] = []
+        self.work = Work(self.computer, self.writer, self.progress, group_of, stop, options.on_progress)
+
+    def prepare(self) -> None:
+        """The staging folder with files of full size, headers and companions."""
+        staged, leftovers = self.folder.staged, self.folder.leftovers()
+        known = self.progress.read() if self.options.resume and staged in leftovers else None
+        if known is not None and self.writer.reopen():
+            ranges, self.findings = known
+            finished = {index for first, last in ranges for index in range(first, last)}
+            self.todo = [place for place in self.layout.places if place.index not in finished]
+            self.resumed = True
+            leftovers.remove(staged)
+        elif self.options.resume and leftovers:
+            self.notes.append(
+                "the unfinished merge was of other inputs or settings, or had not begun: begun anew"
+            )
+        elif self.options.resume:
+            self.notes.append("there was no unfinished merge to resume: begun anew")
+        self.folder.discard(leftovers)
+        if not self.resumed:
+            self.folder.check_space(self.layout.num_bytes)
+            staged.mkdir(mode=0o755)
+            self.writer.create()
+        self.progress.open()
+        self.plan.write_companions(staged)
+
+    def merge(self) -> None:
+        """Compute and write every tensor that is not there yet."""
+        started = time.perf_counter()
+        try:
+            self.work.do(self.layout.places, self.todo, self.pool)
+        except (Interrupted, KeyboardInterrupt):
+            self.progress.flush()
+            raise
+        self.findings.add(self.work.findings)
+        self.seconds.merging = time.perf_counter() - started
+
+    def finish(self, started: float) -> Report:
+        """Sync, hash, verify, report, commit."""
+        staged = self.folder.staged
+        if self.layout.index is not None:
+            write_json(staged / self.layout.index_name, self.layout.index)
+        sha256 = self._sync_and_hash()
+        for identity in self.inputs:
+            identity.check()
+        verified = None
+        if self.options.verify:
+            before = time.perf_counter()
+            verified = verify(staged, self.layout, self.plan, self.computer, self.pool, self.stop)
+            self.seconds.verifying = time.perf_counter() - before
+        self.stop()
+        self.seconds.total = time.perf_counter() - started
+        report = self._report(sha256, verified)
+        write_text(staged / REPORT_NAME, report.as_json())
+        self._sync_companions()
+        self.folder.commit()
+        return report
+
+    def _sync_and_hash(self) -> dict[Path, str]:
+        """The disk writes the output while processors hash the inputs."""
+        started = time.perf_counter()
+        sha256: dict[Path, str] = {}
+
+        def sync_output() -> None:
+            self.writer.sync()
+            self.progress.flush()
+            self.seconds.syncing = time.perf_counter() - started
+
+        def hash_input(path: Path) -> None:
+            self.stop()
+            sha256[path] = file_sha256(path)
+            self.seconds.hashing = time.perf_counter() - started
+
+        jobs: list[Callable[[], None]] = [sync_output]
+        if self.options.hash_inputs:
+            by_size = sorted(self.inputs, key=lambda identity: -identity.num_bytes)
+            jobs += [lambda path=identity.path: hash_input(path) for identity in by_size]
+        self.pool.map(lambda job: job(), jobs)
+        return sha256
+
+    def _sync_companions(self) -> None:
+        """Everything beside the weights durable, and readable by whom the umask lets read."""
+        self.progress.remove()
+        staged = self.folder.staged
+        mode = stat.S_IMODE(os.stat(self.writer.paths[0]).st_mode)  # what the umask leaves of 0644
+        weights = set(self.writer.paths)
+        folders = [staged]
+        for path in sorted(staged.rglob("*")):
+            if path.is_dir():
+                folders.append(path)
+            elif path not in weights:
+                os.chmod(path, mode)
+                sync(path)
+        for folder in folders:
+            sync(folder)
+
+    def _report(self, sha256: dict[Path, str], verified: Any) -> Report:
+        plan, seconds = self.plan, self.seconds
+        moved = sum(
+            place.num_bytes
+            + place.tensor.size * sum(CARRIER[r.dtype].itemsize for r in tensor_readers(place.tensor))
+            for place in self.todo
+        )
+        return Report(
+            out=self.folder.path,
+            method=plan.method,
+            seed=plan.seed,
+            settings=plan.settings,
+            inputs=input_facts(plan, sha256),
+            outputs=[
+                {
+                    "name": shard.name,
+                    "num_bytes": shard.num_bytes,
+                    "sha256": verified.sha256[shard.name] if verified else None,
+                }
+                for shard in self.layout.shards
+            ],
+            groups=group_facts(self.groups, self.findings),
+            non_finite=self.findings.non_finite,
+            bytes_read=plan.bytes_read,
+            bytes_written=plan.bytes_written,
+            gigabytes_per_second=round(moved / max(seconds.merging, 1e-9) / 1e9, 3),
+            seconds=seconds,
+            backend=self.computer.backend.name,
+            device=self.options.device,
+            num_threads=self.pool.num_threads,
+            resumed=self.resumed,
+            verified=verified,
+            notes=[*plan.notes, *self.notes],
+        )
+
+    def close(self) -> None:
+        self.progress.close()
+        self.writer.close()
