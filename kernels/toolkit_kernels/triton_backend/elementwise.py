@@ -60,7 +60,8 @@ def load_theta(row, k, offsets, size, variant: tl.constexpr, masked: tl.constexp
     """theta_k as float64."""
     address = integer(row, k, THETA)
     if variant.unrolled:
-        theta = load(address, offsets, size, variant.theta[k], variant.aligned, masked)
+        dtype: tl.constexpr = variant.theta[k]
+        theta = load(address, offsets, size, dtype, variant.aligned, masked)
     else:
         theta = load_any(address, integer(row, k, THETA + 1), offsets, size, variant.aligned, masked)
     return theta
@@ -71,7 +72,8 @@ def load_fisher(row, k, offsets, size, variant: tl.constexpr, masked: tl.constex
     """f_k = max(F_k, floor_k) as float64."""
     address = integer(row, k, FISHER)
     if variant.unrolled:
-        fisher = load(address, offsets, size, variant.fisher[k], variant.aligned, masked)
+        dtype: tl.constexpr = variant.fisher[k]
+        fisher = load(address, offsets, size, dtype, variant.aligned, masked)
     else:
         fisher = load_any(address, integer(row, k, FISHER + 1), offsets, size, variant.aligned, masked)
     floor = number(row, k, FLOOR)
@@ -81,7 +83,8 @@ def load_fisher(row, k, offsets, size, variant: tl.constexpr, masked: tl.constex
 @triton.jit
 def load_base(row, offsets, size, variant: tl.constexpr, masked: tl.constexpr):
     """theta_0 as float64."""
-    return load(tl.load(row + BASE), offsets, size, variant.base, variant.aligned, masked)
+    dtype: tl.constexpr = variant.base
+    return load(tl.load(row + BASE), offsets, size, dtype, variant.aligned, masked)
 
 
 @triton.jit
@@ -194,7 +197,8 @@ def consensus(row, start, offsets, size, variant: tl.constexpr, masked: tl.const
     """rules.Consensus. start: int64, the first of the offsets."""
     base = load_base(row, offsets, size, variant, masked)
     first = tl.load(row + START) + start
-    zero = tl.zeros((variant.block,), tl.float64)
+    block: tl.constexpr = variant.block
+    zero = tl.zeros((block,), tl.float64)
     sums = (zero, zero, zero, zero, zero)
     num_models: tl.constexpr = variant.num_models
     if variant.unrolled:
@@ -236,7 +240,8 @@ def apply_to_block(row, start, size, variant: tl.constexpr, masked: tl.constexpr
         result = consensus(row, start, offsets, size, variant, masked)
     else:
         result = near_swap(row, offsets, size, variant, masked)
-    bad = store(tl.load(row + OUT), offsets, size, result, variant.out, variant.aligned, masked)
+    out: tl.constexpr = variant.out
+    bad = store(tl.load(row + OUT), offsets, size, result, out, variant.aligned, masked)
     if masked:
         bad = bad & (offsets < size)
     return tl.sum(bad.to(tl.int32), axis=0)
