@@ -24,6 +24,8 @@ COUNT_KEYS = (
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 # Lists of numbers of layers, not of one element a layer.
 INDEX_LISTS = ("mlp_only_layers", "cross_attention_layers", "full_attn_idxs", "attn_layer_indices")
+# Parts of the names of lists with one element a layer: layer_types, no_rope_layers, layers_block_type.
+LAYER_WORDS = ("layer", "block", "pattern")
 BEFORE_THE_LAYERS = ("emb", "wte", "wpe", "shared.")
 BEHIND_THE_LAYERS = ("embed_out", "embedding_norm", "lm_head")
 
@@ -153,11 +155,7 @@ def with_layers(
         own = [(_at(origin, path[:-1]).get(key), layer) for origin, layer in origins]
         if key in INDEX_LISTS and isinstance(value, list):
             part[key] = [place for place, (numbers, layer) in enumerate(own) if layer in (numbers or [])]
-        elif (isinstance(value, list) and len(value) == old_count and old_count != len(origins)) or (
-            isinstance(value, list)
-            and len(value) == old_count
-            and key.endswith(("types", "layers", "pattern"))
-        ):
+        elif isinstance(value, list) and len(value) == old_count and any(word in key for word in LAYER_WORDS):
             part[key] = [_element(values, layer, value) for values, layer in own]
     return new, []
 

@@ -14,8 +14,7 @@ import numpy as np
 from toolkit.errors import ModelError
 from toolkit.merging.group import Reader
 from toolkit.merging.recipe import ModelReference, TokenizerRequest, TokenSource
-from toolkit.merging.rows import FirstRows, MeanOfAllRows, MeanRows, Zeros, gathered, wide_dtype
-from toolkit.merging.sources import Source
+from toolkit.merging.rows import FirstRows, Integers, MeanOfAllRows, MeanRows, Zeros, gathered, wide_dtype
 
 # Endings of the names of tensors with one row for each token.
 EMBEDDINGS = (
@@ -149,37 +148,30 @@ class _Rows:
 
     def readers(self) -> dict[ModelReference, Reader]:
         stand_ins, forced = self._stand_ins()
-        padding = self.num_rows - self.unified.num_tokens
         found: dict[ModelReference, Reader] = {}
         for k, model in enumerate(self.models):
-            own = self.parts[k]
             part_V = np.full(self.unified.num_tokens, k, np.int64)
             row_V = self.own_VK[:, k].copy()
             for token, (part, row) in stand_ins.items():
                 if row_V[token] < 0 or token in forced:
                     part_V[token], row_V[token] = part, row
-            parts = self.parts
-            if padding > 0:
-                filler, first = self._padding(k, gathered(parts, part_V, row_V))
-                step = np.arange(padding, dtype=np.int64) if first >= 0 else np.zeros(padding, np.int64)
-                part_V = np.append(part_V, np.full(padding, len(parts), np.int64))
-                row_V = np.append(row_V, step + max(first, 0))
-                if filler is own:
-                    part_V[-padding:] = k
-                parts = [*parts, filler]
-            found[model] = gathered(parts, part_V, row_V)
+            found[model] = self._padded(k, part_V, row_V)
         return found
 
-    def _padding(self, k: int, whole: Reader) -> tuple[Reader, int]:
-        """What fills the rows behind the last token, and its first row (-1: one row for all of them).
+    def _padded(self, k: int, part_V: Integers, row_V: Integers) -> Reader:
+        """The rows of model k, and behind the last token as many more as the vocabulary is to have.
 
-        The model's own rows where it has them, else the mean of all its embeddings (Hewitt 2021, Initializing new
-        word embeddings for pretrained language models).
+        These are the model's own rows there where its tokens have the numbers of the result, else the mean of all its
+        embeddings (Hewitt 2021, Initializing new word embeddings for pretrained language models).
         """
-        own = self.parts[k]
-        if own.shape[0] >= self.num_rows and self._is_identity(k):
-            return own, self.unified.num_tokens
-        return MeanOfAllRows(whole), -1
+        padding = self.num_rows - self.unified.num_tokens
+        if padding <= 0:
+            return gathered(self.parts, part_V, row_V)
+        parts, part, rows = self.parts, k, np.arange(self.unified.num_tokens, self.num_rows)
+        if self.parts[k].shape[0] < self.num_rows or not self._is_identity(k):
+            parts = [*self.parts, MeanOfAllRows(gathered(self.parts, part_V, row_V))]
+            part, rows = len(self.parts), np.zeros(padding, np.int64)
+        return gathered(parts, np.append(part_V, np.full(padding, part)), np.append(row_V, rows))
 
     def _is_identity(self, k: int) -> bool:
         return bool(np.array_equal(self.own_VK[:, k], np.arange(self.unified.num_tokens)))
@@ -256,26 +248,27 @@ class _Rows:
 def unify(
     request: TokenizerRequest,
     base: ModelReference,
-    sources: Mapping[ModelReference, Source],
+    models: Mapping[ModelReference, Path],
+    base_folder: Path,
     folder_of: Callable[[ModelReference], Path],
 ) -> Unified:
     """The tokenizer that a recipe asks for, and the vocabularies of all models.
 
     Args:
         base: the recipe's base model, else its first model.
-        sources: of every model that is merged.
+        models: every model that is merged, and the folder of its tokenizer.
+        base_folder: the folder of the base's tokenizer.
         folder_of: where another model lies, whose tokenizer alone is asked for.
 
     Raises:
         ModelError: a tokenizer is missing or cannot be read.
     """
     notes: list[str] = []
-    tokenizers = {model: _load(source.folder) for model, source in sources.items()}
-    if request.source in ("union", "base"):
-        origin = (sources[base].folder if base in sources else folder_of(base)).resolve()
+    tokenizers = {model: _load(folder) for model, folder in models.items()}
+    if isinstance(request.source, ModelReference):
+        origin = models.get(request.source) or folder_of(request.source)
     else:
-        assert isinstance(request.source, ModelReference)
-        origin = folder_of(request.source).resolve()
+        origin = base_folder
     chosen = _load(origin)
     if chosen is None:
         hint = "write it with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
