@@ -31,8 +31,9 @@ def meldkit(config: Path, out: Path, threads: int, fsync: bool) -> dict:
 def mergekit(config: Path, out: Path, threads: int, fsync: bool) -> dict:
     import torch
     import yaml
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import MergeOptions, run_merge
+    # Installed in an environment of its own (bench/mergekit_env.sh).
+    from mergekit.config import MergeConfiguration  # pyright: ignore[reportMissingImports] - see above
+    from mergekit.merge import MergeOptions, run_merge  # pyright: ignore[reportMissingImports] - see above
 
     torch.set_num_threads(threads)
     began = time.perf_counter()

@@ -1,7 +1,9 @@
 """Merging states in memory: right, fresh each time, nothing left out."""
 
 import gc
+import itertools
 import re
+from math import fsum
 
 import psutil
 import pytest
@@ -33,10 +35,10 @@ def same(first: dict, second: dict) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_linear_is_the_weighted_mean_in_float64_rounded_once(dtype: torch.dtype, num_threads: int) -> None:
-    states, weights = [state(k, dtype) for k in range(3)], [0.5, 0.3, 0.4]
+    states, weights = [state(k, dtype) for k in range(3)], [0.5, 0.4, 0.3]
     merged = merge_state_dicts(states, "linear", weight=weights, num_threads=num_threads)
     for name in SHAPES:
-        total = sum(w / sum(weights) * s[name].double() for w, s in zip(weights, states, strict=True))
+        total = sum(w / fsum(weights) * s[name].double() for w, s in zip(weights, states, strict=True))
         assert merged[name].dtype == dtype
         assert torch.equal(merged[name], total.float().to(dtype)), name
     assert torch.equal(merged["positions"], states[0]["positions"])
@@ -52,6 +54,28 @@ def test_the_same_bits_for_any_number_of_threads_and_any_backend() -> None:
             for backend, threads in (("auto", 1), ("auto", 4), ("torch", 2), ("reference", 1))
         ]
         assert all(same(results[0], other) for other in results[1:]), method
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.3, 0.4, 0.3], [0.2, 0.5, 0.3], [0.7, 0.1, 0.1]])
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "fisher", "multislerp", "model_stock"])
+def test_models_in_any_order_give_the_same_bits(method: str, weights: list[float]) -> None:
+    """With such weights the exact result often lies half-way between two numbers of bfloat16."""
+    base = state(9, torch.bfloat16)
+    states = [state(k, torch.bfloat16) for k in range(3)]
+    for (
+        one
+    ) in states:  # fine-tuning leaves rows of an embedding alone; samples of the content then look the same
+        one["embed"][:200] = base["embed"][:200]
+        one["embed"][208:] = base["embed"][208:]
+    fisher = [{n: torch.rand(s).to(torch.bfloat16) for n, s in SHAPES.items()} for _ in range(3)]
+    results = []
+    for order in itertools.permutations(range(3)):
+        given: dict = {} if method == "model_stock" else {"weight": [weights[k] for k in order]}
+        given |= {"density": 0.5} if method in ("ties", "dare_ties") else {}
+        given |= {"fisher": [fisher[k] for k in order]} if method == "fisher" else {}
+        given |= {"base": base} if method in ("ties", "dare_ties", "model_stock") else {}
+        results.append(merge_state_dicts([states[k] for k in order], method, **given))
+    assert all(same(results[0], other) for other in results[1:])
 
 
 def test_fisher_weighs_each_element_and_falls_back_where_nothing_is_known() -> None:
@@ -142,7 +166,7 @@ def test_states_that_do_not_fit_name_the_tensor() -> None:
     with pytest.raises(ModelError, match=r"bias: state 1 has shape \(8,\), the first \(7,\)"):
         merge_state_dicts([first, second], weight=1.0)
     second = state(1) | {"positions": torch.arange(5) + 1}
-    with pytest.raises(ModelError, match="positions.*other values"):
+    with pytest.raises(ModelError, match=r"positions.*other values"):
         merge_state_dicts([first, second], weight=1.0)
 
 

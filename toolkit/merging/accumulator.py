@@ -102,7 +102,7 @@ class Accumulator:
                 self._first[name] = tensor.clone()
                 continue
             # Only shape, dtype and device are needed of it later: one element that all share.
-            self._first[name] = tensor.new_zeros(1).expand(tensor.shape)
+            self._first[name] = tensor.new_zeros(()).expand(tensor.shape)
             for sums in (self._means, self._fisher_sums, self._fisher_weights)[: 3 if with_fisher else 1]:
                 sums[name] = torch.zeros(tensor.shape, dtype=torch.float64, device=tensor.device)
 

@@ -12,6 +12,7 @@ import torch
 from toolkit.config.names import did_you_mean
 from toolkit.errors import InputError, MergeError, ModelError
 from toolkit.merging.group import PIECE_SIZE, FisherTensor, MemoryReader, TensorGroup
+from toolkit.merging.order import call_method
 from toolkit.merging.registry import MergeMethod, merge_methods
 from toolkit_kernels import dispatch
 from toolkit_kernels.backend import Backend
@@ -89,7 +90,7 @@ def merge_state_dicts(
                 pool.map if parallel else map,
                 device,
             )
-            return chosen.function(group, **arguments), group
+            return call_method(chosen, group, arguments)
 
         def merge(name: str, parallel: bool) -> None:
             rule, group = rule_and_group(name, parallel)

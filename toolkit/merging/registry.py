@@ -36,6 +36,11 @@ class Parameter:
     default: Any
     per_model: bool = False
 
+    @property
+    def argument(self) -> str:
+        """The function's name for it."""
+        return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
+
 
 @dataclass(frozen=True, slots=True)
 class MergeMethod:
@@ -91,7 +96,7 @@ class MergeMethod:
                 if len(values) != num_models:
                     problems.append(f"{parameter.name}: {len(values)} values for {num_models} models")
                 value = np.asarray(values, np.float64) if parameter.kind is float else values
-            arguments[f"{parameter.name}_" if keyword.iskeyword(parameter.name) else parameter.name] = value
+            arguments[parameter.argument] = value
         if problems:
             raise ConfigError(problems)
         return arguments
