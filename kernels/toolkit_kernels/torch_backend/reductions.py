@@ -82,7 +82,8 @@ def histogram(inputs: Inputs, prefixes: Sequence[int] | None) -> NDArray[np.int6
     # One bin more at either end takes what has other upper bits.
     num_bins = UPPER_BINS if prefixes is None else LOWER_BINS + 2
     device = tensor_of(inputs.theta[0]).device
-    counts = torch.zeros((num_models, num_bins), dtype=torch.int64, device=device)
+    # Zeroed by numpy: there are enough of them for torch to use threads of its own.
+    counts = torch.from_numpy(np.zeros((num_models, num_bins), dtype=np.int64)).to(device)
     for chunk in chunks_of(inputs, 2):
         (ones_C,) = scratch.rows(1, chunk.size, device, torch.int64)
         ones_C.fill_(1)
