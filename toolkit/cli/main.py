@@ -29,6 +29,8 @@ def _main(argv: list[str], *, debug: bool) -> int:
         return 0
     commands: dict[str, Command] = {
         "train": lambda rest: _train([*rest, "--debug"] if debug and rest else rest),
+        "merge": _merge,
+        "fisher": _fisher,
         "data": _data,
         "models": _models,
         "completion": _completion,
@@ -51,6 +53,18 @@ def _train(argv: list[str]) -> int:
     if recipe not in RECIPES:
         return _unknown("recipe", argv[0], list(RECIPES), "meldkit train --help")
     return run_recipe(recipe, argv[1:])
+
+
+def _merge(argv: list[str]) -> int:
+    from toolkit.merging.commands import merge
+
+    return merge(argv)
+
+
+def _fisher(argv: list[str]) -> int:
+    from toolkit.merging.fisher.commands import fisher
+
+    return fisher(argv)
 
 
 def _data(argv: list[str]) -> int:

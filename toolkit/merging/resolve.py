@@ -153,7 +153,7 @@ class Planner:
             inputs=self._input_models(),
             method=self.method.name,
             seed=self.options.seed,
-            settings={"recipe": self.recipe.text, "source": self.recipe.name},
+            settings={"recipe": self.recipe.text},
             notes=list(dict.fromkeys(self.notes)),
             write_companions=companions.write,
         )
