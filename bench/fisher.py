@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from toolkit.merging.fisher.batches import Batch
-from toolkit.merging.fisher.estimate import BatchEstimator
+from toolkit.merging.fisher.estimator import BatchEstimator
 from toolkit.merging.fisher.likelihood import Target, Task, log_likelihoods
 
 SHAPES = ((16, 16), (16, 32), (16, 128), (4, 256))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
@@ -13,7 +14,10 @@ def file_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """
     if not isinstance(model, PeftModel):
         return {name: name for name in names}
-    saved = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+    adapters = [model.active_adapter] if isinstance(model.active_adapter, str) else model.active_adapter
+    saved: dict[str, torch.Tensor] = {}
+    for adapter in adapters:
+        saved |= get_peft_model_state_dict(model, adapter_name=adapter)
     by_storage = {(t.data_ptr(), tuple(t.shape)): name for name, t in saved.items()}
     parameters = dict(model.named_parameters())
     return {

@@ -17,8 +17,25 @@ from toolkit.merging.fisher.recorder import Recorder
 
 RELATIVE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 LOW_PRECISION_TOLERANCE = 5e-2
+CHUNK_NUM_ELEMENTS = 1 << 20
 NOISE_UNITS = 32
 """Units in the last place of the largest gradient. A gradient below is rounding only (that of a key's bias is zero)."""
+
+
+def _difference_and_norm(fisher: torch.Tensor, gradient: torch.Tensor) -> tuple[float, float]:
+    """‖√F − |g|‖ and ‖g‖, in chunks: the gradient of a large embedding is there once already."""
+    squares = torch.zeros(2, dtype=torch.float64, device=gradient.device)
+    parts = zip(
+        fisher.reshape(-1).split(CHUNK_NUM_ELEMENTS),
+        gradient.reshape(-1).split(CHUNK_NUM_ELEMENTS),
+        strict=True,
+    )
+    for fisher_part, gradient_part in parts:
+        size = gradient_part.float().abs()
+        squares[0] += (fisher_part.sqrt() - size).square_().sum(dtype=torch.float64)
+        squares[1] += size.square_().sum(dtype=torch.float64)
+    difference, norm = squares.sqrt().tolist()
+    return difference, norm
 
 
 def parameters_to_avoid(
@@ -45,11 +62,9 @@ def parameters_to_avoid(
     def compare(name: str, parameter: nn.Parameter) -> None:
         gradient = parameter.grad
         assert gradient is not None
-        wide = gradient.float().abs()
-        norms[name] = wide.norm().item()
         # A call whose gradient has not arrived (an output that nothing used) may leave a contribution waiting.
         recorder.add_waiting(name)
-        differences[name] = (fisher[name].sqrt() - wide).norm().item()
+        differences[name], norms[name] = _difference_and_norm(fisher[name], gradient)
         parameter.grad = None
 
     with differentiated_by(model, parameters.values()):
@@ -58,8 +73,10 @@ def parameters_to_avoid(
             for name, p in parameters.items()
         ]
         try:
-            recorder.begin(len(pair), pair.num_tokens)
-            first_log_likelihood(pair).backward()
+            with recorder.watching(len(pair), pair.num_tokens):
+                value = first_log_likelihood(pair)
+            if value.requires_grad:
+                value.backward()
             recorder.finish_backward()
         finally:
             for handle in handles:

@@ -5,7 +5,8 @@ differentiates by. A parameter that is used by several calls (tied weights, a la
 their contributions per example before the square.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +54,8 @@ class Recorder:
         broadcasts: whether a lookup that is made once for the whole batch is repeated for each example.
         did_broadcast: whether that has happened.
         without_rule: names of parameters that belong to no layer with a rule.
-        failed: names whose layers turned out not to work on one example at a time, since the last :meth:`begin`.
-        reached: names whose gradient arrived, since the last :meth:`begin`.
+        failed: names whose layers turned out not to work on one example at a time, since the last :meth:`watching`.
+        reached: names whose gradient arrived, since the last :meth:`watching`.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Recorder:
         self._shape = (0, 0)
         self._num_calls: dict[str, int] = {}
         self._pending: dict[str, list[Contribution]] = {}
-        self._is_busy = False
+        self._is_watching = False
 
     def attach(self, skip: Iterable[str] = ()) -> None:
         """Hook every layer that has a parameter outside of ``skip``."""
@@ -87,13 +88,19 @@ class Recorder:
             handle.remove()
         self._handles.clear()
 
-    def begin(self, num_examples: int, num_tokens: int) -> None:
-        """Before the forward pass of a batch of ``num_examples`` rows of ``num_tokens`` tokens."""
+    @contextmanager
+    def watching(self, num_examples: int, num_tokens: int) -> Iterator[None]:
+        """Around the forward pass of a batch of ``num_examples`` rows of ``num_tokens`` tokens; others are not seen."""
         self._shape = (num_examples, num_tokens)
         self._num_calls.clear()
         self._pending.clear()
         self.failed.clear()
         self.reached.clear()
+        self._is_watching = True
+        try:
+            yield
+        finally:
+            self._is_watching = False
 
     def finish_backward(self) -> None:
         """After each backward pass: parameters some of whose calls got no gradient."""
@@ -107,7 +114,7 @@ class Recorder:
     def after_forward(
         self, layer: _Layer, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any
     ) -> Any:
-        if self._is_busy or not torch.is_grad_enabled():
+        if not self._is_watching or not torch.is_grad_enabled():
             return None
         inputs = [v for v in (*arguments, *keywords.values()) if isinstance(v, torch.Tensor)]
         if len(inputs) != 1 or not isinstance(output, torch.Tensor):
@@ -135,11 +142,15 @@ class Recorder:
         if inputs is None or gradients is None or call.input._version != call.version:
             self.failed.update(layer.names.values())
             return
-        self._is_busy = True
         try:
             contributions = layer.rule(layer.module, inputs, gradients.detach())
-        finally:
-            self._is_busy = False
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            IndexError,
+        ):  # not a layer of the kind that the rule is for
+            contributions = {}
         for own, name in layer.names.items():
             if own not in contributions:
                 self.failed.add(name)

@@ -15,14 +15,16 @@ from toolkit.merging.fisher.squares import Lookups, Products
 Contribution = Products | Lookups | torch.Tensor
 """What one call of a layer adds to the gradient of a parameter. A tensor is [B, T, D], to be summed over T."""
 Rule = Callable[[nn.Module, torch.Tensor, torch.Tensor], dict[str, Contribution]]
-"""(layer, input [B, T, ...], gradient of the output [B, T, ...]) → contributions by the parameter's name in the layer."""
+"""(layer, input [B, T, ...], gradient of the output [B, T, ...]) → contributions by parameter's name in the layer."""
+MAX_SPARE_ROWS = 1024
 
 
 def rule_of(module: nn.Module) -> Rule | None:
     """The rule for the parameters that belong to ``module`` itself, None where there is none."""
     if isinstance(module, nn.Embedding):
         plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
-        return _embedding if plain else None
+        is_scaled = type(module).forward is not nn.Embedding.forward
+        return (_changed_embedding if is_scaled else _embedding) if plain else None
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) != 1:
         return None
     for layer_type, rule in RULES.items():
@@ -45,11 +47,32 @@ def _transposed_linear(
 
 
 def _embedding(module: nn.Module, ids_BT: torch.Tensor, grad_BTD: torch.Tensor) -> dict[str, Contribution]:
+    assert isinstance(module, nn.Embedding)
     ids_BS = ids_BT.reshape(len(grad_BTD), -1)
-    padding = module.padding_idx
-    if padding is not None:
-        ids_BS = ids_BS.masked_fill(ids_BS == padding, -1)
+    if module.padding_idx is not None:
+        ids_BS = ids_BS.masked_fill(ids_BS == module.padding_idx, -1)
     return {"weight": Lookups(ids_BS, grad_BTD)}
+
+
+def _changed_embedding(
+    module: nn.Module, ids_BT: torch.Tensor, grad_BTD: torch.Tensor
+) -> dict[str, Contribution]:
+    """A subclass that does something to the rows it has looked up (Gemma scales them).
+
+    Each lookup gets a copy of its row of its own, and autograd differentiates by the copies.
+    """
+    assert isinstance(module, nn.Embedding)
+    # Row padding_idx has no gradient: the copies stand behind it.
+    num_spare = 0 if module.padding_idx is None else module.padding_idx + 1
+    if num_spare > MAX_SPARE_ROWS:
+        return {}
+    rows = module.weight.detach()[torch.cat([ids_BT.new_zeros(num_spare), ids_BT.flatten()])]
+    own_ids = torch.arange(ids_BT.numel(), device=ids_BT.device).view_as(ids_BT) + num_spare
+    with torch.enable_grad():
+        rows.requires_grad_()
+        output = torch.func.functional_call(module, {"weight": rows}, (own_ids,))
+        (grad_rows,) = torch.autograd.grad(output, rows, grad_BTD)
+    return _embedding(module, ids_BT, grad_rows[num_spare:].view_as(grad_BTD))
 
 
 def _layer_norm(

@@ -89,7 +89,7 @@ def add_product_squares(
         _add_in_batches(fisher_OI, products, scratch, lookups)
         return
     grad_BTO, input_BTI = products.grad_BTO, products.input_BTI
-    spans = _spans(grad_BTO)
+    spans = _spans(products)
     if lookups is None and all(stop - start <= 1 for start, stop in spans):
         chosen = [(b, start) for b, (start, stop) in enumerate(spans) if stop > start]
         if chosen:
@@ -114,16 +114,21 @@ def add_product_squares(
             fisher_block.addcmul_(gradient, gradient)
 
 
-def _spans(grad_BTO: torch.Tensor) -> list[tuple[int, int]]:
-    """Of each example the range of tokens outside of which the gradient is zero: padding, prompts, all but the first."""
-    num_examples, num_tokens, _ = grad_BTO.shape
-    if num_tokens == 1 or bool((grad_BTO[:, 0 :: num_tokens - 1] != 0).any(dim=-1).all()):
+def _spans(products: Products) -> list[tuple[int, int]]:
+    """Of each example the tokens outside of which the product is zero: padding, a prompt, all but the first token."""
+    factors = (products.grad_BTO, products.input_BTI)
+    num_examples, num_tokens, _ = products.grad_BTO.shape
+    if num_tokens == 1 or all(bool(_are_used(f[:, 0 :: num_tokens - 1]).all()) for f in factors):
         return [(0, num_tokens)] * num_examples
     spans = []
-    for used in (grad_BTO != 0).any(dim=-1).tolist():
+    for used in (_are_used(factors[0]) & _are_used(factors[1])).tolist():
         start = used.index(True) if True in used else num_tokens
         spans.append((start, num_tokens - used[::-1].index(True) if True in used else start))
     return spans
+
+
+def _are_used(rows: torch.Tensor) -> torch.Tensor:
+    return (rows != 0).any(dim=-1)
 
 
 def _add_rows(gradient: torch.Tensor, lookups: Lookups, example: int, first: int) -> None:
@@ -140,7 +145,7 @@ def _add_in_batches(
     num_examples, num_tokens, num_outputs = grad_BTO.shape
     num_inputs = input_BTI.shape[-1]
     if num_tokens == 1 and lookups is None:
-        fisher_OI.addmm_(grad_BTO[:, 0].float().square_().T, input_BTI[:, 0].float().square_())
+        fisher_OI.addmm_(grad_BTO[:, 0].float().square().T, input_BTI[:, 0].float().square())
         return
     low = grad_BTO.dtype in (torch.bfloat16, torch.float16) and grad_BTO.dtype == input_BTI.dtype
     if not low:
