@@ -161,6 +161,6 @@ def row_on(device: torch.device, inputs: Inputs) -> tuple[torch.Tensor, bool]:
 
 def as_tensor(span: Span) -> torch.Tensor:
     if isinstance(span.data, np.ndarray):
-        tensor = torch.from_numpy(span.data)
+        tensor = torch.from_numpy(span.data.copy())  # mapped files are read-only
         return tensor.view(torch.bfloat16) if span.dtype == "bfloat16" else tensor
     return span.data

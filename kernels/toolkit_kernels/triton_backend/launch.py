@@ -24,7 +24,7 @@ from toolkit_kernels.rules import (
     Threshold,
     WeightedSum,
 )
-from toolkit_kernels.spans import CODES, Span
+from toolkit_kernels.spans import Span
 from toolkit_kernels.triton_backend.elementwise import apply_kernel
 from toolkit_kernels.triton_backend.rows import HEAD, MODEL, UNROLLED, Variant
 
@@ -108,24 +108,24 @@ def row_type(num_models: int) -> np.dtype:
     return np.dtype([*HEAD.descr, ("models", MODEL, (num_models,))])
 
 
-def rows_of_inputs(inputs: Sequence[Inputs]) -> NDArray[Any]:
-    """Rows with the addresses, dtypes and sizes of what is read, all for the same number of models."""
+def rows_of_inputs(inputs: Sequence[Inputs], unrolled: bool = False) -> NDArray[Any]:
+    """Rows with the addresses, sizes and (not for unrolled loops) dtypes of what is read; all of as many models."""
     rows = np.zeros(len(inputs), row_type(len(inputs[0].theta)))
     rows["size"] = [x.theta[0].size for x in inputs]
     rows["start"] = [x.start for x in inputs]
     rows["base"] = [x.base.address if x.base else 0 for x in inputs]
-    models = rows["models"]
-    models["theta"] = [[span.address for span in x.theta] for x in inputs]
-    models["theta_code"] = [[CODES[span.dtype] for span in x.theta] for x in inputs]
-    if inputs[0].fisher:
-        models["fisher"] = [[span.address for span in x.fisher] for x in inputs]
-        models["fisher_code"] = [[CODES[span.dtype] for span in x.fisher] for x in inputs]
+    for name in ("theta", "fisher"):
+        spans = [getattr(x, name) for x in inputs]
+        if spans[0]:
+            rows["models"][name] = [[span.address for span in of_tensor] for of_tensor in spans]
+            if not unrolled:
+                rows["models"][f"{name}_code"] = [[span.code for span in of_tensor] for of_tensor in spans]
     return rows
 
 
 def rows_of_pieces(pieces: Sequence[Piece], variant: Variant) -> NDArray[Any]:
     """Complete rows but for the number of the piece."""
-    rows = rows_of_inputs([piece.inputs for piece in pieces])
+    rows = rows_of_inputs([piece.inputs for piece in pieces], variant.unrolled)
     rows["out"] = [piece.out.address for piece in pieces]
     rules: Any = [piece.rule for piece in pieces]
     models = rows["models"]
@@ -141,7 +141,7 @@ def rows_of_pieces(pieces: Sequence[Piece], variant: Variant) -> NDArray[Any]:
     else:
         rows["scalar"] = [rule.scale for rule in rules]
         models["rescale"] = [[keep.rescale for keep in rule.keep] for rule in rules]
-        names = ["among_bits", "among_last", "outside_bits", "outside_last", "key", "stream", "limit"]
+        names = ["among", "among_last", "outside", "outside_last", "key", "stream", "limit"]
         keeps = np.array([[keep_columns(keep) for keep in rule.keep] for rule in rules], np.uint64).view(
             np.int64
         )
@@ -151,7 +151,7 @@ def rows_of_pieces(pieces: Sequence[Piece], variant: Variant) -> NDArray[Any]:
 
 
 def keep_columns(keep: Keep) -> tuple[int, ...]:
-    """The columns of rows.MODEL from among_bits to limit, as unsigned integers."""
+    """The columns of rows.MODEL from among to limit, as unsigned integers."""
     among = EVERYTHING if keep.among is None else keep.among
     outside = NOTHING if keep.outside is None else keep.outside
     limit = ALL_WORDS if keep.probability is None else int(keep.probability * ALL_WORDS)

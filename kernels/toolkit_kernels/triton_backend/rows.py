@@ -31,9 +31,9 @@ MODEL = np.dtype(
         ("fallback", "f8"),
         ("floor", "f8"),
         ("rescale", "f8"),
-        ("among_bits", "i8"),  # rules.Threshold of which an element must be one
+        ("among", "i8"),  # rules.Threshold of which an element must be one
         ("among_last", "i8"),
-        ("outside_bits", "i8"),  # and of which it must be none
+        ("outside", "i8"),  # and of which it must be none
         ("outside_last", "i8"),
         ("key", "i8"),  # the first word below, the second above
         ("stream", "i8"),
