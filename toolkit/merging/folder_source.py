@@ -39,8 +39,10 @@ class FolderSource:
     def __init__(self, label: str, folder: Path) -> None:
         self.label = label
         self.folder = folder
-        self.config: Mapping[str, Any] = _config(folder)
         weights, weight_map = _weights(folder)
+        self.config: Mapping[str, Any] = _config(folder)
+        if not weights:
+            raise ModelError(f"{folder} has no .safetensors weights")
         files = [WeightsFile(path) for path in weights]
         self.files = tuple(file.path for file in files)
         self._file_of: dict[str, WeightsFile] = {}
@@ -94,10 +96,8 @@ def _weights(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         if (folder / f"{stem}.safetensors").is_file():
             return [folder / f"{stem}.safetensors"], None
     found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
+    if len(found) < 2:
         return found, None
-    if not found:
-        raise ModelError(f"{folder} has no .safetensors weights")
     raise ModelError(
         f"{folder} has {len(found)} .safetensors files and no index that says which belong to the model",
         hint="shards need model.safetensors.index.json",

@@ -24,7 +24,7 @@ import numpy as np
 from toolkit.merging.compute import Findings
 from toolkit.merging.layout import Layout, Place
 from toolkit.merging.plan import MergePlan, OutputTensor, tensor_readers
-from toolkit.merging.safetensors_file import FileIdentity, read_header
+from toolkit.merging.safetensors_file import FileIdentity, header_sha256
 
 PROGRESS_NAME = ".progress.jsonl"
 # Of the time since the last sync, at most this part goes into the next one.
@@ -76,7 +76,7 @@ def digest_of(plan: MergePlan, layout: Layout, inputs: Iterable[FileIdentity]) -
     add(metadata.version("meldkit"), plan.method, plan.seed, plan.settings)
     for identity in inputs:
         is_weights = identity.path.suffix == ".safetensors"
-        header = read_header(identity.path).sha256 if is_weights else None
+        header = header_sha256(identity.path) if is_weights else None
         add(str(identity.path.resolve()), identity.num_bytes, identity.mtime_ns, header)
     for shard in layout.shards:
         digest.update(shard.header)

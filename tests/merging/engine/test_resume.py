@@ -1,0 +1,278 @@
+"""A merge that was stopped goes on, and gives the bytes of one that was not."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from toolkit.errors import Interrupted, MergeError
+from toolkit.merging.engine import EngineOptions, execute
+from toolkit.merging.progress_file import PROGRESS_NAME
+from toolkit_kernels.rules import WeightedSum
+
+RECORD_ALL = EngineOptions(record_seconds=0)
+RESUME = EngineOptions(resume=True)
+
+
+def content(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
+
+
+def staging_folders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name.startswith(".staging-")]
+
+
+@pytest.fixture
+def stopped(tmp_path, models, plan_of):
+    """stopped(after) → an output whose merge was interrupted when so many bytes were written."""
+
+    def stop(after: int, out: str = "out", **changes) -> Path:
+        def interrupt(num_bytes: int) -> None:
+            if num_bytes > after:
+                raise Interrupted("enough")
+
+        options = replace(RECORD_ALL, on_progress=interrupt, **changes)
+        with pytest.raises(Interrupted):
+            execute(plan_of(models), tmp_path / out, options)
+        assert not (tmp_path / out).exists()
+        assert len(staging_folders(tmp_path)) == 1
+        return tmp_path / out
+
+    return stop
+
+
+@pytest.mark.parametrize("after", [0, 100, 600_000, 1_400_000])
+@pytest.mark.parametrize("max_shard_bytes", [5_000, 10_000_000])
+def test_a_stopped_merge_goes_on(tmp_path, models, plan_of, stopped, after, max_shard_bytes) -> None:
+    plan = plan_of(models)
+    execute(plan, tmp_path / "whole", EngineOptions(max_shard_bytes=max_shard_bytes))
+    out = stopped(after, max_shard_bytes=max_shard_bytes)
+    computed: list[str] = []
+
+    def noted(group, weight):
+        computed.append(group.name)
+        return WeightedSum(weight / weight.sum())
+
+    method = replace(plan.tensors[0].method, function=noted)
+    plan = replace(plan, tensors=[replace(t, method=method) for t in plan.tensors])
+    seen: list[int] = []
+    options = replace(RESUME, max_shard_bytes=max_shard_bytes, on_progress=seen.append, num_threads=3)
+    report = execute(plan, out, options)
+    assert report.resumed
+    assert len(computed) < 48
+    assert seen[-1] == report.bytes_written
+    assert content(out) == content(tmp_path / "whole")
+    assert report.groups[0]["effective_weights"] == [1 / 3] * 3
+    assert staging_folders(tmp_path) == []
+    assert PROGRESS_NAME not in [path.name for path in out.iterdir()]
+
+
+def test_what_was_found_before_the_stop_is_in_the_report(tmp_path, models, plan_of, stopped) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(models[0] / "model.safetensors")
+    for tensor in state.values():
+        if tensor.numel():
+            tensor.view(-1)[0] = torch.nan
+    save_file(state, models[0] / "model.safetensors", {"format": "pt"})
+    out = stopped(600_000, non_finite="keep")
+    report = execute(plan_of(models), out, replace(RESUME, non_finite="keep"))
+    assert report.resumed
+    assert report.non_finite == {str(models[0] / "model.safetensors"): 47}
+
+
+@pytest.mark.parametrize("change", ["input", "weights", "seed", "settings", "dtype", "shards", "order"])
+def test_another_merge_does_not_go_on_with_it(
+    tmp_path, models, plan_of, stopped, write_model, random_state, change
+) -> None:
+    out = stopped(600_000)
+    options, plan = RESUME, plan_of(models)
+    if change == "input":
+        write_model(models[1], random_state(77))
+        plan = plan_of(models)
+    if change == "weights":
+        plan = plan_of(models, parameters={"weight": np.array([1.0, 1.0, 1.0 + 1e-15])})
+    if change == "seed":
+        plan = replace(plan, seed=1)
+    if change == "settings":
+        plan = replace(plan, settings={"weight": 0.1})
+    if change == "dtype":
+        plan = plan_of(models, dtype="float32")
+    if change == "shards":
+        options = replace(options, max_shard_bytes=1000)
+    if change == "order":
+        plan = replace(plan, tensors=[replace(t, models=t.models[::-1]) for t in plan.tensors])
+    report = execute(plan, out, options)
+    assert not report.resumed
+    assert any("of other inputs or settings" in note for note in report.notes)
+    execute(plan, tmp_path / "whole", replace(options, resume=False))
+    assert content(out) == content(tmp_path / "whole")
+    assert staging_folders(tmp_path) == []
+
+
+def test_nothing_to_resume_is_said(tmp_path, models, plan_of) -> None:
+    report = execute(plan_of(models), tmp_path / "out", RESUME)
+    assert not report.resumed
+    assert any("no unfinished merge" in note for note in report.notes)
+
+
+def test_without_resume_a_stopped_merge_begins_anew(tmp_path, models, plan_of, stopped) -> None:
+    out = stopped(600_000)
+    assert not execute(plan_of(models), out).resumed
+    assert staging_folders(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "damage", ["record cut off", "record of noughts", "file cut off", "file gone", "header"]
+)
+def test_damaged_leftovers_are_noticed(tmp_path, models, plan_of, stopped, damage) -> None:
+    execute(plan_of(models), tmp_path / "whole")
+    out = stopped(600_000)
+    (staged,) = staging_folders(tmp_path)
+    record, weights = staged / PROGRESS_NAME, staged / "model.safetensors"
+    if damage == "record cut off":
+        record.write_bytes(record.read_bytes()[:-7])
+    if damage == "record of noughts":
+        record.write_bytes(record.read_bytes() + bytes(100) + b"\n")
+    if damage == "file cut off":
+        with open(weights, "r+b") as stream:
+            stream.truncate(100_000)
+    if damage == "file gone":
+        weights.unlink()
+    if damage == "header":
+        with open(weights, "r+b") as stream:
+            stream.write(b"\0")
+    report = execute(plan_of(models), out, RESUME)
+    assert report.resumed == damage.startswith("record")
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_the_neighbours_of_an_output_are_left_alone(tmp_path, models, plan_of, stopped) -> None:
+    stopped(600_000, "out-1")
+    (other,) = staging_folders(tmp_path)
+    execute(plan_of(models), tmp_path / "out")
+    assert other.is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_merge_that_can_go_on(tmp_path, models, plan_of, number) -> None:
+    program = (
+        "import json, os, signal, sys, time\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from merge_child import plan_of, Path\n"
+        "from toolkit.errors import Interrupted\n"
+        "from toolkit.merging.engine import EngineOptions, execute\n"
+        "def slowly(num_bytes):\n"
+        "    if num_bytes < 1_500_000:\n"
+        "        print('ready', flush=True); time.sleep(0.5)\n"
+        "options = EngineOptions(backend='reference', on_progress=slowly)\n"
+        "try:\n"
+        "    execute(plan_of([Path(p) for p in sys.argv[3:]]), Path(sys.argv[2]), options)\n"
+        "except Interrupted as error:\n"
+        "    print(error, flush=True); sys.exit(error.exit_status)\n"
+    )
+    child = Path(__file__).parents[2] / "faults"
+    command = [sys.executable, "-c", program, str(child), str(tmp_path / "out"), *map(str, models)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        text, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "--resume goes on with it" in text
+    assert number.name in text
+    assert not (tmp_path / "out").exists()
+    arguments = [str(tmp_path / "out"), *map(str, models), "--options", json.dumps({"resume": True})]
+    result = subprocess.run(
+        [sys.executable, str(child / "merge_child.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "RESUMED True" in result.stdout
+    subprocess.run(
+        [sys.executable, str(child / "merge_child.py"), str(tmp_path / "whole"), *map(str, models)],
+        check=True,
+    )
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_handlers_of_the_host_are_left_alone(tmp_path, models, plan_of) -> None:
+    received: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+
+        def raise_once(num_bytes: int) -> None:
+            if not received:
+                signal.raise_signal(signal.SIGTERM)
+                for _ in range(100):  # the main thread takes it, between two of its steps
+                    if received:
+                        break
+                    time.sleep(0.01)
+
+        execute(plan_of(models), tmp_path / "out", EngineOptions(on_progress=raise_once, num_threads=1))
+        assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+# --- --verify
+
+
+def test_a_sound_merge_is_verified(tmp_path, models, plan_of) -> None:
+    import hashlib
+
+    report = execute(plan_of(models), tmp_path / "out", EngineOptions(verify=True, max_shard_bytes=601_000))
+    assert report.verified is not None
+    assert report.verified.num_tensors == 47
+    assert report.verified.num_different == 0
+    assert report.verified.num_elements == sum(t.size for t in plan_of(models).tensors)
+    assert report.verified.backend != report.backend
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        assert report.verified.sha256[path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("where", ["wide", "small.7", "header"])
+def test_a_bit_that_flipped_on_its_way_is_found(tmp_path, models, plan_of, where) -> None:
+    total = plan_of(models).bytes_written
+
+    def flip(num_bytes: int) -> None:
+        if num_bytes < total:
+            return
+        (staged,) = staging_folders(tmp_path)
+        path = staged / "model.safetensors"
+        start = 20
+        if where != "header":
+            from toolkit.merging.safetensors_file import read_header
+
+            start = read_header(path).entries[where].start
+        with open(path, "r+b") as stream:
+            stream.seek(start)
+            byte = stream.read(1)
+            stream.seek(start)
+            stream.write(bytes([byte[0] ^ 2]))
+
+    with pytest.raises(
+        MergeError if where != "header" else Exception, match=where if where != "header" else "safetensors"
+    ):
+        execute(plan_of(models), tmp_path / "out", EngineOptions(verify=True, on_progress=flip))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model-0", "model-1", "model-2"]
+
+
+def test_a_method_that_is_not_the_same_twice_is_found(tmp_path, models, plan_of, method_of) -> None:
+    calls: list[str] = []
+
+    def drifts(group):
+        calls.append(group.name)
+        return WeightedSum(np.array([1.0, 0.0, 0.0]) if len(calls) <= 47 else np.array([0.9, 0.1, 0.0]))
+
+    with pytest.raises(MergeError, match="is not what"):
+        execute(plan_of(models, method_of(drifts)), tmp_path / "out", EngineOptions(verify=True))
+    assert staging_folders(tmp_path) == []
