@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit.config.load import load_for_command
@@ -33,12 +32,14 @@ def merge(argv: Sequence[str]) -> int:
     given = {name for name, origin in loaded.provenance.items() if origin != "default"}
     _check_flags(config, given)
     notes = flag_notes(config, given)
-    adapters = adapter_models(config)
-    if adapters:
-        from toolkit.merging.adapter_merge import merge_adapter_folders
+    recipe = read_recipe(config)
+    from toolkit.merging.adapter_merge import adapters_of, merge_adapters_of
 
-        return merge_adapter_folders(config, adapters, notes)
-    plan = _plan(config, notes)
+    if entries := adapters_of(recipe):
+        return merge_adapters_of(config, recipe, entries, given)
+    if unused := sorted(given & {"lora_mode", "lora_rank"}):
+        raise ConfigError([f"--{unused[0].replace('_', '-')} is for adapters, and the models are none"])
+    plan = _plan(config, recipe, notes)
     if config.dry_run or (config.verbose and not config.quiet):
         from toolkit.merging.plan_text import plan_text
 
@@ -92,12 +93,11 @@ def _execute(config: MergeConfig, plan: "MergePlan") -> int:
     return 0
 
 
-def _plan(config: MergeConfig, notes: list[str]) -> "MergePlan":
+def _plan(config: MergeConfig, recipe: "MergeRecipe", notes: list[str]) -> "MergePlan":
     import dataclasses
 
     from toolkit.merging.resolve import PlanOptions, plan_merge
 
-    recipe = read_recipe(config)
     options = PlanOptions(
         seed=seed_of(config),
         mix_architectures=config.allow_crimes,
@@ -176,18 +176,3 @@ def device_of(config: MergeConfig) -> str:
     if number >= torch.cuda.device_count():
         raise LaunchError(f"--device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices")
     return wanted
-
-
-def adapter_models(config: MergeConfig) -> list[Path]:
-    """The folders of --models where all of them are adapters alone."""
-    folders = [Path(model).expanduser() for model in config.models]
-    is_adapter = [
-        (path / "adapter_config.json").is_file() and not (path / "config.json").is_file() for path in folders
-    ]
-    if any(is_adapter) and not all(is_adapter):
-        names = [model for model, alone in zip(config.models, is_adapter, strict=True) if alone]
-        raise ConfigError(
-            [f"--models: {name} is an adapter and other models are not" for name in names],
-            hint="write BASE+ADAPTER for a model with an adapter",
-        )
-    return folders if folders and all(is_adapter) else []

@@ -117,10 +117,10 @@ class Companions:
         self._write_json(folder / "config.json", self.output_config())
         origin = self.donor.source.folder
         for name in OTHER_FILES:
-            _copy(origin, name, folder)
+            copy_file(origin, name, folder)
         if self.copy_code and self.config.get("auto_map"):
             for path in sorted(origin.glob("*.py")):
-                _copy(origin, path.name, folder)
+                copy_file(origin, path.name, folder)
         if self.copy_tokenizer and self._tokenizer_files():
             self._write_tokenizer(folder)
         _write(folder / RECIPE_NAME, self.recipe.text)
@@ -192,7 +192,7 @@ class Companions:
         for name in self._tokenizer_files():
             if is_changed and (name in WITHOUT_ADDED_TOKENS or name in (TOKENIZER_FILE, "added_tokens.json")):
                 continue
-            _copy(self.tokenizer_folder, name, folder)
+            copy_file(self.tokenizer_folder, name, folder)
         if self.unified is not None and is_changed:
             _write(folder / TOKENIZER_FILE, self.unified.tokenizer.to_str(pretty=True))
         if self.chat_template is not None:
@@ -270,7 +270,7 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _copy(origin: Path, name: str, folder: Path) -> None:
+def copy_file(origin: Path, name: str, folder: Path) -> None:
     """Copy the content of a file that is there."""
     path = origin / name
     if not path.is_file():
@@ -295,3 +295,6 @@ def _allowed(origin: Path) -> list[Path]:
     if own.parent.name == "snapshots":
         return [own, own.parent.parent / "blobs"]
     return [own]
+
+
+_copy = copy_file

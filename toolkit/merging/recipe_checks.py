@@ -1,6 +1,7 @@
 """Compare a recipe with its merge method before any model is looked at: names, values, number of models, base."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from toolkit.config.names import did_you_mean
 from toolkit.merging.parameters import FISHER, NEEDLESS, converted, parameters_of
@@ -77,22 +78,37 @@ def _settings_with_level(recipe: MergeRecipe) -> Iterator[tuple[Settings, bool]]
             yield source.parameters, True
 
 
-Merge = tuple[
-    OutputSlice | None, list[tuple[ModelReference, tuple[Settings, ...]]], tuple[Settings, ...], str
-]
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """One model of a list that is merged, with the levels of its parameters."""
+
+    model: ModelReference
+    levels: tuple[Settings, ...]
+    place: str
 
 
-def _merges(recipe: MergeRecipe, method: MergeMethod) -> Iterator[Merge]:
+# A slice where it is one, its models, the levels of shared parameters, the place.
+_Merge = tuple[OutputSlice | None, list[_Input], tuple[Settings, ...], str]
+
+
+def _merges(recipe: MergeRecipe, method: MergeMethod) -> Iterator[_Merge]:
     """Every list of models that is merged: its slice, models with their levels, shared levels, place."""
     parts = [(recipe.models, recipe.slices, {}, recipe.name)]
     parts += [(m.models, m.slices, m.parameters, m.place) for m in recipe.modules.values()]
     for models, slices, settings, place in parts:
         upper: tuple[Settings, ...] = (settings, recipe.parameters)
         if models:
-            yield None, [(entry.model, (entry.parameters, *upper)) for entry in models], upper, place
+            yield (
+                None,
+                [_Input(entry.model, (entry.parameters, *upper), entry.place) for entry in models],
+                upper,
+                place,
+            )
         for slice_ in slices:
             shared = (slice_.parameters, *upper)
-            sources = [(source.model, (source.parameters, *shared)) for source in slice_.sources]
+            sources = [
+                _Input(source.model, (source.parameters, *shared), source.place) for source in slice_.sources
+            ]
             yield slice_, sources, shared, slice_.place
 
 
@@ -118,9 +134,9 @@ def _wrong_models(
     method: MergeMethod,
     recipe: MergeRecipe,
     slice_: OutputSlice | None,
-    models: Sequence[tuple[ModelReference, object]],
+    models: Sequence[_Input],
 ) -> list[str]:
-    references = [model for model, _ in models]
+    references = [entry.model for entry in models]
     wanted = (slice_.base_model if slice_ else None) or recipe.base_model
     others, base = split_base(method, references, wanted)
     if method.base == "required" and base is None:
@@ -146,7 +162,7 @@ def _wrong_models(
 
 def _missing_parameters(
     method: MergeMethod,
-    models: Sequence[tuple[ModelReference, tuple[Settings, ...]]],
+    models: Sequence[_Input],
     shared: tuple[Settings, ...],
     place: str,
     recipe: MergeRecipe,
@@ -158,10 +174,12 @@ def _missing_parameters(
     for parameter in required:
         if not parameter.per_model and not _is_set(parameter, shared):
             problems.append(f"{place}: {method.name} needs the parameter '{parameter.name}'")
-        for model, scopes in models:
-            is_base = method.base != "none" and model == recipe.base_model
-            if parameter.per_model and not is_base and not _is_set(parameter, scopes):
-                problems.append(f"{place}: {method.name} needs the parameter '{parameter.name}' for {model}")
+        for entry in models:
+            is_base = method.base != "none" and entry.model == recipe.base_model
+            if parameter.per_model and not is_base and not _is_set(parameter, entry.levels):
+                problems.append(
+                    f"{entry.place}: {method.name} needs the parameter '{parameter.name}' for {entry.model}"
+                )
     return problems
 
 

@@ -1,6 +1,7 @@
 """Read a recipe file: mergekit's YAML with our additions, strictly, every problem at once with its file and line."""
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -61,8 +62,13 @@ def build(tree: Node, text: str, name: str, *, lenient: bool, problems: Iterable
         builder.unknown(text)
     if builder.problems:
         hint = "--lenient passes over names that nothing here knows" if builder.num_unknown else None
-        raise ConfigError(builder.problems, hint=hint)
+        raise ConfigError(sorted(builder.problems, key=_line), hint=hint)
     return dataclasses.replace(recipe, notes=tuple(builder.notes))
+
+
+def _line(problem: str) -> int:
+    match = re.match(r".*?:(\d+): ", problem)
+    return int(match[1]) if match else 0
 
 
 class _Builder(NodeReader):
