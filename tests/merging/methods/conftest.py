@@ -42,7 +42,7 @@ def make_group(
         tuple(models[0].shape),
         tuple(MemoryReader.of(model, f"model {k}") for k, model in enumerate(models)),
         None if base is None else MemoryReader.of(base, "base"),
-        backend or dispatch.backend("auto"),
+        backend or dispatch.backend("torch"),
         tuple(None if f is None else fisher_tensor(f, n) for f, n in zip(fisher, norms, strict=True)),
         seed,
     )
