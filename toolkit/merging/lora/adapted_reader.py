@@ -84,6 +84,9 @@ class AdaptedReader:
         shape: of the result.
         changes: K of them.
         where: for messages.
+
+    Attributes:
+        result_dtype: the base's, that a model with the adapter merged into it would have.
     """
 
     dtype = "float32"
@@ -95,6 +98,7 @@ class AdaptedReader:
         self.shape = shape
         self.changes = tuple(changes)
         self.where = where
+        self.result_dtype = self.dtype if base is None else base.dtype
         self._rows = shape[0] if shape else 1
         self._columns = prod(shape[1:])
         rank = max([1, *(c.update.left.shape[1] for c in changes if c.update is not None)])

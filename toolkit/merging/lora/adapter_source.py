@@ -33,7 +33,7 @@ class AdaptedSource:
 
     Args:
         base: the model.
-        adapter_folder: as PEFT saved it.
+        adapter_folder: as PEFT saved it; or an adapter that was read.
         weight: of the adapter.
 
     Attributes:
@@ -43,17 +43,18 @@ class AdaptedSource:
         ModelError: the adapter cannot be read, is of a kind that is not merged, or does not fit the base.
     """
 
-    def __init__(self, base: Source, adapter_folder: Path, weight: float = 1.0) -> None:
-        adapter = Adapter.from_folder(Path(adapter_folder))
+    def __init__(self, base: Source, adapter_folder: Path | Adapter, weight: float = 1.0) -> None:
+        is_read = isinstance(adapter_folder, Adapter)
+        adapter = adapter_folder if is_read else Adapter.from_folder(Path(adapter_folder))
         inner = base if isinstance(base, AdaptedSource) else None
         self._base: Source = inner._base if inner else base
         self._weighted: list[tuple[Adapter, float]] = [*(inner._weighted if inner else []), (adapter, weight)]
         times = "" if weight == 1.0 else f"*{weight:g}"
-        self.label = f"{base.label}+{Path(adapter_folder).name}{times}"
+        self.label = f"{base.label}+{Path(adapter.where).name}{times}"
         self.folder = base.folder
         self.tokenizer_folder: Path = getattr(base, "tokenizer_folder", base.folder)
-        if (Path(adapter_folder) / "tokenizer_config.json").is_file():
-            self.tokenizer_folder = Path(adapter_folder)
+        if adapter.folder is not None and (adapter.folder / "tokenizer_config.json").is_file():
+            self.tokenizer_folder = adapter.folder
         self.files = (*base.files, *([adapter.file] if adapter.file else []))
         self._names = list(self._base.names())
         self._known = set(self._names)

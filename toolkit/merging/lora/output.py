@@ -1,0 +1,193 @@
+"""From adapter folders to a merged adapter folder: read, merge, report, commit."""
+
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from toolkit import durable
+from toolkit.errors import ConfigError
+from toolkit.merging.companions import TOKENIZER_FILES
+from toolkit.merging.companions import _copy as copy_file
+from toolkit.merging.folder_source import FolderSource
+from toolkit.merging.lora import adapter_file, residual
+from toolkit.merging.lora.adapter import Adapter
+from toolkit.merging.lora.merge import MergedAdapter, check_options, check_same_base, merge
+from toolkit.merging.lora.merge_modules import MODES
+from toolkit.merging.output_folder import OutputFolder, refuse_inputs
+from toolkit.merging.report import REPORT_NAME, versions
+from toolkit.merging.sources import Source
+
+ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
+CARD = """---
+library_name: peft
+base_model: {base}
+tags: [lora, merge]
+---
+# Merged LoRA adapter
+
+Merged with meldkit from {number} adapters by `{mode}`: {meaning}.
+
+| adapter | weight |
+|---|---|
+{rows}
+
+Relative error of the merged product against the exact weighted sum: {error}. Details: `merge_report.json`.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterMergeReport:
+    """A finished merge of adapters.
+
+    Attributes:
+        out: the folder.
+        adapter_folder: of the merged adapter, for PEFT.
+        model_folder: of the base with the remainder, in the mode ``residual``.
+        merged: what was computed.
+        facts: the content of merge_report.json.
+    """
+
+    out: Path
+    adapter_folder: Path
+    model_folder: Path | None
+    merged: MergedAdapter
+    facts: dict[str, Any]
+
+    def summary(self) -> list[str]:
+        """A few lines for the user."""
+        return [*self.merged.summary(), *self.facts["notes"]]
+
+
+def merge_adapters(
+    folders: Sequence[Path],
+    weights: Sequence[float] | None,
+    out: Path,
+    mode: str = "svd",
+    *,
+    rank: int | None = None,
+    normalize: bool = True,
+    dtype: str | None = None,
+    base: Path | Source | None = None,
+    lenient: bool = False,
+    overwrite: bool = False,
+) -> AdapterMergeReport:
+    """Merge K adapter folders into the adapter folder ``out``, never expanding one to the size of the model.
+
+    In the mode ``residual`` ``out`` holds two folders: ``adapter`` and ``model``, the base with the remainder.
+
+    Args:
+        folders: as PEFT saved them.
+        weights: negative ones too; None for equal ones.
+        out: appears when everything is in it.
+        mode: ``factors``, ``concat``, ``svd`` or ``residual``; see MODES.
+        rank: of ``svd``; None for the largest of a module's ranks.
+        normalize: divide the weights by their sum.
+        dtype: of the factors; None for their own in ``factors`` and ``residual``, for float32 in the others.
+        base: the model folder, in the mode ``residual``.
+        lenient: merge adapters of different bases or tasks, with a note.
+        overwrite: replace ``out``.
+
+    Raises:
+        ConfigError: mode, weights, rank or dtype are wrong, or ``base`` is missing or superfluous.
+        ModelError: an adapter cannot be read or merged, or does not fit the others or the base.
+        RunDirectoryError: ``out`` exists or is an input.
+    """
+    started = time.perf_counter()
+    folders, out = [Path(folder) for folder in folders], Path(out)
+    used, request = check_options(len(folders), weights, mode, rank, normalize, dtype)
+    if (mode == "residual") is (base is None):
+        raise ConfigError(
+            [f"the mode residual needs a base, and no other mode takes one; the mode is {mode}"]
+        )
+    adapters = [Adapter.from_folder(folder) for folder in folders]
+    notes = check_same_base(adapters, lenient=lenient)
+    source = FolderSource(str(base), Path(base)) if isinstance(base, str | Path) else base
+    refuse_inputs(
+        out, [*(folder / adapter_file.WEIGHTS_NAME for folder in folders), *(source.files if source else ())]
+    )
+    merged = merge(adapters, used, request)
+    with OutputFolder(out, uuid.uuid4().hex, overwrite=overwrite) as output:
+        output.discard(output.leftovers())
+        output.staged.mkdir(mode=0o755)
+        try:
+            folder = output.staged
+            if source is not None:
+                folder = output.staged / ADAPTER_FOLDER
+                folder.mkdir()
+                merged = residual.write(
+                    merged, source, output.staged / MODEL_FOLDER, output.path / MODEL_FOLDER
+                )
+            facts = _facts(merged, folders, weights, notes)
+            _write_adapter(merged, folder, facts)
+            facts["seconds"] = round(time.perf_counter() - started, 3)
+            durable.write_json(output.staged / REPORT_NAME, facts)
+            _sync(output.staged)
+            output.commit()
+        except BaseException:
+            shutil.rmtree(output.staged, ignore_errors=True)
+            raise
+    if source is None:
+        return AdapterMergeReport(output.path, output.path, None, merged, facts)
+    return AdapterMergeReport(
+        output.path, output.path / ADAPTER_FOLDER, output.path / MODEL_FOLDER, merged, facts
+    )
+
+
+def _facts(
+    merged: MergedAdapter, folders: Sequence[Path], weights: Sequence[float] | None, notes: Sequence[str]
+) -> dict[str, Any]:
+    """The content of merge_report.json."""
+    return {
+        "mode": merged.mode,
+        "inputs": [
+            {
+                "path": str(folder),
+                "sha256": durable.file_sha256(folder / adapter_file.WEIGHTS_NAME),
+                "rank": adapter.config.rank,
+                "lora_alpha": adapter.config.alpha,
+                "weight": None if weights is None else weights[number],
+                "effective_weight": effective,
+            }
+            for number, (folder, (adapter, effective)) in enumerate(zip(folders, merged.parts, strict=True))
+        ],
+        "relative_error": merged.relative_error,
+        "relative_rounding_error": merged.relative_rounding_error,
+        "modules": [error.as_json() for error in merged.errors],
+        "notes": [*notes, *merged.notes],
+        "versions": versions(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _write_adapter(merged: MergedAdapter, folder: Path, facts: dict[str, Any]) -> None:
+    config = {**merged.config, "inference_mode": True}
+    durable.write_json(folder / adapter_file.CONFIG_NAME, config)
+    adapter_file.write_tensors(folder / adapter_file.WEIGHTS_NAME, merged.adapter.arrays())
+    error = merged.relative_error
+    card = CARD.format(
+        base=config.get("base_model_name_or_path") or "unknown",
+        number=len(merged.parts),
+        mode=merged.mode,
+        meaning=MODES[merged.mode],
+        rows="\n".join(
+            f"| {Path(entry['path']).name} | {entry['effective_weight']:g} |" for entry in facts["inputs"]
+        ),
+        error="undefined, the exact sum being zero" if error is None else f"{error:.3g}",
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    first = merged.parts[0][0].folder
+    if first is not None:
+        for name in TOKENIZER_FILES:
+            copy_file(first, name, folder)
+
+
+def _sync(staged: Path) -> None:
+    """Everything durable, folders last."""
+    paths = sorted(staged.rglob("*"))
+    for path in [p for p in paths if p.is_file()] + [p for p in paths if p.is_dir()] + [staged]:
+        durable.sync(path)
