@@ -18,26 +18,25 @@ from toolkit_kernels.spans import Span
 from toolkit_kernels.triton_backend import launch
 from toolkit_kernels.triton_backend.backend import GRAM_ROWS, INTERPRETED, PASS_BLOCK
 
+# Python warns of the NaN and infinities that a GPU computes in silence.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
 RULE_NAMES = [
-    *(
-        "weighted_sum",
-        "base_and_sum",
-        "fisher",
-        "fisher_floor",
-        "task_arithmetic",
-        "task_mean",
-        "ties",
-        "ties_sum",
-    ),
-    *(
-        "breadcrumbs",
-        "dare",
-        "dare_ties",
-        "keep_everything",
-        "keep_nothing",
-        "drop_everything",
-        "signed_weights",
-    ),
+    "weighted_sum",
+    "base_and_sum",
+    "fisher",
+    "fisher_floor",
+    "task_arithmetic",
+    "task_mean",
+    "ties",
+    "ties_sum",
+    "breadcrumbs",
+    "dare",
+    "dare_ties",
+    "keep_everything",
+    "keep_nothing",
+    "drop_everything",
+    "signed_weights",
     "near_swap",
 ]
 SIZES = (0, 1, 777, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1)
@@ -70,12 +69,16 @@ def test_no_rule_is_forgotten(cases):
     assert sorted(RULE_NAMES) == sorted(cases.RULES)
 
 
-@pytest.mark.parametrize("num_models", [1, 3, 16, 17])
-@pytest.mark.parametrize("rule_name", RULE_NAMES)
+@pytest.mark.parametrize(
+    ("rule_name", "num_models"),
+    [
+        ("near_swap", 1),
+        *itertools.product([name for name in RULE_NAMES if name != "near_swap"], [1, 3]),
+        *itertools.product(["weighted_sum", "fisher", "breadcrumbs", "dare_ties"], [16, 17]),
+    ],
+)
 def test_bits_are_those_of_the_reference(cases, triton_backend, reference, rule_name, num_models):
     """Each size with another mix of dtypes and another layout, all in one call; 17 models are a loop of the device."""
-    if rule_name == "near_swap" and num_models > 1:
-        pytest.skip("near swap has one model and a base")
     pieces = [
         cases.piece(
             rule_name,
@@ -87,7 +90,7 @@ def test_bits_are_those_of_the_reference(cases, triton_backend, reference, rule_
             layouts=cases.LAYOUTS[seed % len(cases.LAYOUTS) :][:1],
         )
         for seed, (size, mix) in enumerate(zip(SIZES, cases.MIXES, strict=True))
-        if num_models < 16 or seed % 2
+        if num_models < 16 or seed in (1, 5, 7)
     ]
     expected = [cases.with_out(piece) for piece in pieces]
     assert triton_backend.apply(pieces).tolist() == reference.apply(expected).tolist()
