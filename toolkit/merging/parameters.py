@@ -155,10 +155,14 @@ class Resolver:
         ]
 
     def _key(self, levels: Levels, name: str, model_names: Sequence[str], t: float) -> tuple[Any, ...]:
-        names = dict.fromkeys((name, *model_names)) if self.filters else ()
+        t = t if self.has_gradients else 0.0
+        if not self.filters:
+            return id(levels), t
+        names = dict.fromkeys((name, *model_names))
         matches = tuple(tuple(part in own for part in self.filters) for own in names)
-        same = tuple(own == name for own in model_names) if len(matches) > 1 else ()
-        return id(levels), t if self.has_gradients else 0.0, matches, same, len(model_names)
+        # Which model has which of these names.
+        order = tuple(list(names).index(own) for own in model_names) if len(matches) > 1 else ()
+        return id(levels), t, matches, order
 
 
 def _value(parameter: Parameter, scopes: Sequence[Settings], name: str, t: float) -> Any:

@@ -5,6 +5,7 @@ A list of layers is a run of tensors ``PREFIX.0.…`` to ``PREFIX.(N - 1).…`` 
 """
 
 import copy
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ LAYER_WORDS = ("layer", "block", "pattern")
 BEFORE_THE_LAYERS = ("emb", "wte", "wpe", "shared.")
 BEHIND_THE_LAYERS = ("embed_out", "embedding_norm", "lm_head")
 
+NUMBERED = re.compile(r"(?:(.*?)\.)?([0-9]+)\.(.+)")
+
 Path = tuple[str, ...]
 
 
@@ -45,11 +48,8 @@ class LayerList:
 
 def split_name(name: str) -> tuple[str, int, str] | None:
     """``a.b.3.c.5.d`` as ("a.b", 3, "c.5.d"); None where no part is a number."""
-    parts = name.split(".")
-    for place, part in enumerate(parts):
-        if part.isdecimal() and place + 1 < len(parts):
-            return ".".join(parts[:place]), int(part), ".".join(parts[place + 1 :])
-    return None
+    match = NUMBERED.fullmatch(name)
+    return None if match is None else (match[1] or "", int(match[2]), match[3])
 
 
 class Layers:

@@ -41,9 +41,9 @@ HEAD_BIASES = (
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def ends_with(name: str, endings: Sequence[str]) -> bool:
+def ends_with(name: str, endings: tuple[str, ...]) -> bool:
     """Whether a tensor's name ends with whole parts of one of ``endings``."""
-    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+    return name.endswith(endings) and any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
 
 def has_row_for_each_token(name: str) -> bool:
