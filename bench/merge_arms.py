@@ -1,9 +1,9 @@
 """What bench/merge.py times in a fresh process: one merge by meldkit, by mergekit, or the mere reading and writing.
 
-    PYTHON bench/merge_arms.py meldkit|mergekit|copy CONFIG.yml OUT [--threads N] [--fsync]
+    PYTHON bench/merge_arms.py meldkit|mergekit|copy CONFIG.yml OUT [--threads N]
 
 Prints one line of JSON: seconds from the first look at the configuration to the last byte of the output, imports not
-counted. The mergekit arm runs under the interpreter of mergekit's own environment and imports nothing of meldkit.
+counted, nor the syncing of the output to the disk, which mergekit does not do. The mergekit arm runs under the interpreter of mergekit's own environment and imports nothing of meldkit.
 """
 
 import argparse
@@ -16,21 +16,30 @@ from pathlib import Path
 PIECE_BYTES = 1 << 20
 
 
-def meldkit(config: Path, out: Path, threads: int, fsync: bool) -> dict:
-    from toolkit.merging.folders import merge_folders
-    from toolkit.merging.resolve import plan_merge  # noqa: F401 - imported before the clock starts
+def meldkit(config: Path, out: Path, threads: int) -> dict:
+    from dataclasses import asdict
 
+    from toolkit.merging.engine import EngineOptions
+    from toolkit.merging.folders import merge_folders
     from toolkit_kernels.dispatch import backend
 
     kernels = backend("auto")
     began = time.perf_counter()
-    report = merge_folders(config, out, num_threads=threads, hash_inputs=False, durable=fsync)
-    return {"seconds": time.perf_counter() - began, "backend": kernels.name, "parts": report.seconds}
+    options = EngineOptions(num_threads=threads, hash_inputs=False)
+    report = merge_folders(config, out, engine_options=options)
+    total = time.perf_counter() - began
+    return {
+        "seconds": total - report.seconds.syncing,
+        "with_fsync": total,
+        "backend": kernels.name,
+        "parts": asdict(report.seconds),
+    }
 
 
-def mergekit(config: Path, out: Path, threads: int, fsync: bool) -> dict:
+def mergekit(config: Path, out: Path, threads: int) -> dict:
     import torch
     import yaml
+
     # Installed in an environment of its own (bench/mergekit_env.sh).
     from mergekit.config import MergeConfiguration  # pyright: ignore[reportMissingImports] - see above
     from mergekit.merge import MergeOptions, run_merge  # pyright: ignore[reportMissingImports] - see above
@@ -43,7 +52,7 @@ def mergekit(config: Path, out: Path, threads: int, fsync: bool) -> dict:
     return {"seconds": time.perf_counter() - began}
 
 
-def copy(config: Path, out: Path, threads: int, fsync: bool) -> dict:
+def copy(config: Path, out: Path, threads: int) -> dict:
     """Read every input once into a buffer that is used again, write as many bytes as one model has."""
     import yaml
 
@@ -71,8 +80,6 @@ def copy(config: Path, out: Path, threads: int, fsync: bool) -> dict:
         worker.start()
     for worker in workers:
         worker.join()
-    if fsync:
-        os.fsync(target)
     return {"seconds": time.perf_counter() - began}
 
 
@@ -82,10 +89,9 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--fsync", action="store_true")
     arguments = parser.parse_args()
     arm = {"meldkit": meldkit, "mergekit": mergekit, "copy": copy}[arguments.arm]
-    print(json.dumps(arm(arguments.config, arguments.out, arguments.threads, arguments.fsync)))
+    print(json.dumps(arm(arguments.config, arguments.out, arguments.threads)))
 
 
 if __name__ == "__main__":
