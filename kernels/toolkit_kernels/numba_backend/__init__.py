@@ -33,6 +33,7 @@ from toolkit_kernels.rules import (
 from toolkit_kernels.spans import Span
 
 _NUM_UPPER, _NUM_LOWER = 1 << 15, 1 << 16
+_STRIP_ITEMS = 512 + 24
 _MAX_COUNTED = 1 << 31  # elements at a time, so that counts of 32 bits cannot overflow
 _MANY = 1 << 16  # elements from which on several lanes of counts are worth their zeroing
 _ALL, _NO_WORD = Threshold(0, 1 << 62), -1
@@ -84,7 +85,7 @@ class NumbaBackend:
         if isinstance(rule, FisherMean):
             spans, fisher = _table(inputs.theta), _table(inputs.fisher)
             numbers = _numbers(rule.weights, rule.floors, rule.fallback)
-            compute = objects.load("elementwise", "fisher_mean", 7)
+            compute = objects.load("elementwise", _width("fisher_mean", *inputs.theta, *inputs.fisher), 7)
             return compute(_address(spans), _address(fisher), len(inputs.theta), _address(numbers), *out)
         if isinstance(rule, Consensus):
             return self._consensus(rule, inputs, out)
@@ -96,7 +97,7 @@ class NumbaBackend:
         if rule.base_weight is not None:
             models, weights = (_base(inputs), *models), _numbers([rule.base_weight], rule.weights)
         spans = _table(models)
-        compute = objects.load("elementwise", "weighted_sum", 6)
+        compute = objects.load("elementwise", _width("weighted_sum", *models), 6)
         return compute(_address(spans), len(models), _address(weights), *out)
 
     @staticmethod
@@ -104,8 +105,10 @@ class NumbaBackend:
         spans, base = _table(inputs.theta), _table((_base(inputs),))
         numbers = _numbers(rule.weights, [keep.rescale for keep in rule.keep], [rule.scale])
         masks = np.array([_mask_row(keep) for keep in rule.keep], np.int64)
-        compute = objects.load("consensus", "consensus", 11)
-        tables = (_address(spans), _address(base), len(inputs.theta), _address(numbers), _address(masks))
+        work = np.empty(len(rule.keep) * _STRIP_ITEMS)
+        compute = objects.load("consensus", _width("consensus", _base(inputs), *inputs.theta), 12)
+        models = (_address(spans), _address(base), len(inputs.theta))
+        tables = (*models, _address(numbers), _address(masks), _address(work))
         return compute(*tables, rule.elect, rule.normalize, inputs.start, *out)
 
     @staticmethod
@@ -119,7 +122,7 @@ class NumbaBackend:
         spans, base = _table(inputs.theta), _base_table(inputs)
         num_models = len(inputs.theta)
         rows, columns = np.triu_indices(num_models)
-        work = np.empty((num_models + 1) * BLOCK)
+        work = np.empty((num_models + 1) * (BLOCK + 24))
         levels = np.zeros((64, len(rows)))
         compute = objects.load("reductions", "gram", 6)
         compute(_address(spans), _address(base), num_models, _address(work), _address(levels), inputs.size)
@@ -129,6 +132,7 @@ class NumbaBackend:
 
     def histogram(self, inputs: Inputs, prefixes: Sequence[int] | None) -> NDArray[np.int64]:
         num_models, num_bins = len(inputs.theta), _NUM_UPPER if prefixes is None else _NUM_LOWER
+        members = _members(inputs)
         total = np.zeros((num_models, num_bins), np.int64)
         for part in _parts(inputs, _MAX_COUNTED):
             spans, base = _table(part.theta), _base_table(part)
@@ -136,27 +140,27 @@ class NumbaBackend:
             counts = np.zeros((num_models, num_lanes, num_bins), np.uint32)
             tables = (_address(spans), _address(base), num_models)
             if prefixes is None:
-                count = objects.load("reductions", "histogram_upper", 6)
+                count = objects.load("reductions", _width("histogram_upper", *members), 6)
                 count(*tables, _address(counts), num_lanes, part.size)
             else:
                 wanted = np.array(prefixes, np.int64)
-                count = objects.load("reductions", "histogram_lower", 7)
+                count = objects.load("reductions", _width("histogram_lower", *members), 7)
                 count(*tables, _address(wanted), _address(counts), num_lanes, part.size)
             total += counts.sum(axis=1, dtype=np.int64)
         return total
 
     def equal_positions(self, inputs: Inputs, model: int, bits: int) -> NDArray[np.int64]:
         spans, base = _table((inputs.theta[model],)), _base_table(inputs)
-        find = objects.load("reductions", "equal_positions", 5)
+        members = _members(inputs)
+        find = objects.load("reductions", _width("equal_positions", *members), 5)
         positions = np.empty(find(_address(spans), _address(base), bits, 0, inputs.size), np.int64)
         if len(positions):
             find(_address(spans), _address(base), bits, _address(positions), inputs.size)
         return positions
 
     def non_finite(self, inputs: Inputs) -> NDArray[np.int64]:
-        spans = inputs.theta if inputs.base is None else (*inputs.theta, inputs.base)
         count = objects.load("reductions", "non_finite", 3)
-        return np.array([count(span.address, span.code, span.size) for span in spans], np.int64)
+        return np.array([count(span.address, span.code, span.size) for span in _members(inputs)], np.int64)
 
     def add_squares(self, total: Span, values: Span, scale: float = 1.0) -> None:
         factor = np.array([scale], np.float64)
@@ -168,10 +172,20 @@ def _address(array: np.ndarray) -> int:
     return array.ctypes.data
 
 
+def _width(name: str, *spans: Span) -> str:
+    """The variant of a function that takes these dtypes: float64 fits into no lane of float32."""
+    return f"{name}_wide" if any(span.dtype == "float64" for span in spans) else name
+
+
 def _base(inputs: Inputs) -> Span:
     if inputs.base is None:
         raise ValueError("this rule needs a base")
     return inputs.base
+
+
+def _members(inputs: Inputs) -> tuple[Span, ...]:
+    """The models, and the base last if there is one."""
+    return inputs.theta if inputs.base is None else (*inputs.theta, inputs.base)
 
 
 def _parts(inputs: Inputs, size: int) -> list[Inputs]:

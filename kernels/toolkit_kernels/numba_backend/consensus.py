@@ -1,29 +1,37 @@
 """Consensus of sparse deltas, compiled: trimmed by magnitude, masked at random, signs elected or not.
 
-One pass: instead of all v_k, which would be needed again once the sign is known, the sums over positive and over
-negative v_k are formed side by side.
+For each strip, first all v_k are formed, then added up, and once the sign is known, those that have it.
 """
 
 import numpy as np
 
 from toolkit_kernels.numba_backend.bits import (
+    BFLOAT16,
+    FLOAT64_STRIP,
     STRIP,
+    UINT32_STRIP,
+    as_float32,
+    as_float64,
+    bfloat16_at,
+    difference16,
+    difference16_64,
+    difference32,
+    difference64,
+    float32_at,
+    float64_at,
     inlined,
     item_size,
     load_float64,
     load_int64,
     load_uint32,
     magnitude_bits,
-    read_strip,
+    pointer,
     scratch,
     store_float64,
     store_uint32,
     write_strip,
 )
 from toolkit_kernels.numba_backend.philox import random_words
-
-FLOAT64_STRIP = 8 * STRIP
-UINT32_STRIP = 4 * STRIP
 
 # Columns of the table that says which elements stay, one row a model.
 IS_MASKED, AMONG_BITS, AMONG_LAST, OUTSIDE_BITS, OUTSIDE_LAST, IS_RANDOM, RANDOM_MAX, KEY0, KEY1, STREAM = (
@@ -33,107 +41,188 @@ NUM_COLUMNS = 10
 
 
 @inlined
+def _strip(values, k):
+    return pointer(values, FLOAT64_STRIP * k)
+
+
+@inlined
 def _last_in_strip(last, start):
     """The last index of a set, counted from the strip's start and small enough for 32 bits."""
     return np.int32(min(max(last - start, -1), STRIP))
 
 
 @inlined
-def _keep(row, start, n, weight, rescale, delta, random):
-    """delta = weight * (rescale * delta) where it stays, else zero. ``start``: index of the strip in the tensor, a
-    multiple of 4."""
+def _draw(row, start, n, random):
+    """A random word for each element of a strip that begins at ``start``, a multiple of 4; zero where none is asked."""
     if load_int64(row, IS_RANDOM) != 0:
         key0, key1 = load_int64(row, KEY0), load_int64(row, KEY1)
         random_words(start // 4, load_int64(row, STREAM), 0, key0, key1, STRIP // 4, random)
     else:
         for i in range(n):
             store_uint32(random, i, np.uint32(0))
-    random_max = np.uint32(load_int64(row, RANDOM_MAX))
-    among_bits, outside_bits = (
-        np.uint32(load_int64(row, AMONG_BITS)),
-        np.uint32(load_int64(row, OUTSIDE_BITS)),
-    )
-    among_last = _last_in_strip(load_int64(row, AMONG_LAST), start)
-    outside_last = _last_in_strip(load_int64(row, OUTSIDE_LAST), start)
-    for i in range(n):
-        number = load_float64(delta, i)
-        bits, place = magnitude_bits(number), np.int32(i)
-        stays = (bits > among_bits) | ((bits == among_bits) & (place <= among_last))
-        stays &= not ((bits > outside_bits) | ((bits == outside_bits) & (place <= outside_last)))
-        stays &= load_uint32(random, i) <= random_max
-        store_float64(delta, i, weight * (rescale * number) if stays else 0.0)
 
 
-def consensus(
-    spans, base_spans, num_models, weights, masks, is_elected, is_normalized, start, out, out_code, size
-):
-    """Args, beside those of the module elementwise:
-
-    base_spans: [2, 1] int64, address and code of theta_0.
-    weights: [2 K + 1] float64: weights, rescale factors, scale.
-    masks: [K, NUM_COLUMNS] int64; RANDOM_MAX is the largest word that stays.
-    start: index of the first element in the whole tensor.
-    """
-    base, delta, random = scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP), scratch(UINT32_STRIP)
-    total, positive, negative = scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP)
-    positive_weight, negative_weight = scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP)
-    base_address, base_code = load_int64(base_spans, 0), load_int64(base_spans, 1)
-    scale = load_float64(weights, 2 * num_models)
-    weight_of_all = 0.0
-    for k in range(num_models):
-        weight_of_all += load_float64(weights, k)
-    if is_normalized == 0 or weight_of_all == 0.0:
-        weight_of_all = 1.0
-    num_bad = 0
-    for strip in range(0, size, STRIP):
-        n = min(STRIP, size - strip)
-        read_strip(base_code, base_address + strip * item_size(base_code), n, base)
+def _value_maker(element, base_element, difference):
+    @inlined
+    def make_values(row, start, n, weight, rescale, theta, base, random, values):
+        """values = weight * (rescale * (theta - base)) where it stays, else zero."""
+        if load_int64(row, IS_MASKED) == 0:
+            for i in range(n):
+                delta = element(theta, i) - base_element(base, i)
+                store_float64(values, i, weight * (rescale * delta))
+            return
+        _draw(row, start, n, random)
+        random_max = np.uint32(load_int64(row, RANDOM_MAX))
+        among_bits, outside_bits = (
+            np.uint32(load_int64(row, AMONG_BITS)),
+            np.uint32(load_int64(row, OUTSIDE_BITS)),
+        )
+        among_last = _last_in_strip(load_int64(row, AMONG_LAST), start)
+        outside_last = _last_in_strip(load_int64(row, OUTSIDE_LAST), start)
         for i in range(n):
-            store_float64(total, i, 0.0)
-            store_float64(positive, i, 0.0)
-            store_float64(negative, i, 0.0)
-            store_float64(positive_weight, i, 0.0)
-            store_float64(negative_weight, i, 0.0)
-        for k in range(num_models):
-            code = load_int64(spans, num_models + k)
-            read_strip(code, load_int64(spans, k) + strip * item_size(code), n, delta)
-            weight, rescale = load_float64(weights, k), load_float64(weights, num_models + k)
-            row = masks + 8 * NUM_COLUMNS * k
-            if load_int64(row, IS_MASKED) != 0:
+            bits, place = magnitude_bits(difference(theta, base, i)), np.int32(i)
+            stays = (bits > among_bits) | ((bits == among_bits) & (place <= among_last))
+            stays &= not ((bits > outside_bits) | ((bits == outside_bits) & (place <= outside_last)))
+            stays &= load_uint32(random, i) <= random_max
+            delta = element(theta, i) - base_element(base, i)
+            store_float64(values, i, weight * (rescale * delta) if stays else 0.0)
+
+    return make_values
+
+
+@inlined
+def _add_values(values, num_models, n, total):
+    """total = sum_k v_k, from +0.0 on; four at a time in registers."""
+    for i in range(n):
+        store_float64(total, i, 0.0)
+    k = 0
+    while k + 4 <= num_models:
+        a, b = _strip(values, k), _strip(values, k + 1)
+        c, d = _strip(values, k + 2), _strip(values, k + 3)
+        for i in range(n):
+            x = load_float64(total, i) + load_float64(a, i) + load_float64(b, i)
+            store_float64(total, i, x + load_float64(c, i) + load_float64(d, i))
+        k += 4
+    while k < num_models:
+        a = _strip(values, k)
+        for i in range(n):
+            store_float64(total, i, load_float64(total, i) + load_float64(a, i))
+        k += 1
+
+
+@inlined
+def _agrees(value, sign):
+    return (value > 0.0) if sign >= 0.0 else (value < 0.0)
+
+
+@inlined
+def _add_elected(values, weights, num_models, n, sign, total, divisor):
+    """Sums of the v_k, and of their weights, that have the sign of ``sign`` (that of zero is +)."""
+    for i in range(n):
+        store_float64(total, i, 0.0)
+        store_float64(divisor, i, 0.0)
+    k = 0
+    while k + 2 <= num_models:
+        a, b = _strip(values, k), _strip(values, k + 1)
+        w0, w1 = load_float64(weights, k), load_float64(weights, k + 1)
+        for i in range(n):
+            x, y, s = load_float64(a, i), load_float64(b, i), load_float64(sign, i)
+            has_x, has_y = _agrees(x, s), _agrees(y, s)
+            number = load_float64(total, i) + (x if has_x else 0.0)
+            store_float64(total, i, number + (y if has_y else 0.0))
+            number = load_float64(divisor, i) + (w0 if has_x else 0.0)
+            store_float64(divisor, i, number + (w1 if has_y else 0.0))
+        k += 2
+    if k < num_models:
+        a, w0 = _strip(values, k), load_float64(weights, k)
+        for i in range(n):
+            x = load_float64(a, i)
+            has_x = _agrees(x, load_float64(sign, i))
+            store_float64(total, i, load_float64(total, i) + (x if has_x else 0.0))
+            store_float64(divisor, i, load_float64(divisor, i) + (w0 if has_x else 0.0))
+
+
+@inlined
+def _constant_divisor(weights, num_models, is_normalized):
+    total = 0.0
+    for k in range(num_models):
+        total += load_float64(weights, k)
+    return 1.0 if is_normalized == 0 or total == 0.0 else total
+
+
+def _consensus(as_lane, element, make_values, make_from_bfloat16):
+    def consensus(
+        spans,
+        bases,
+        num_models,
+        weights,
+        masks,
+        values,
+        is_elected,
+        is_normalized,
+        start,
+        out,
+        out_code,
+        size,
+    ):
+        """Args, beside those of the module elementwise:
+
+        bases: [2, 1] int64, address and code of theta_0.
+        weights: [2 K + 1] float64: weights, rescale factors, scale.
+        masks: [K, NUM_COLUMNS] int64; RANDOM_MAX is the largest word that stays.
+        values: room for K strips of FLOAT64_STRIP bytes.
+        start: index of the first element in the whole tensor.
+        """
+        base_buffer, theta_buffer, random = (
+            scratch(FLOAT64_STRIP),
+            scratch(FLOAT64_STRIP),
+            scratch(UINT32_STRIP),
+        )
+        sign, total, divisor = scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP)
+        base_address, base_code = load_int64(bases, 0), load_int64(bases, 1)
+        scale = load_float64(weights, 2 * num_models)
+        constant = _constant_divisor(weights, num_models, is_normalized)
+        num_bad = 0
+        for strip in range(0, size, STRIP):
+            n = min(STRIP, size - strip)
+            base = as_lane(base_code, pointer(base_address, strip * item_size(base_code)), n, base_buffer)
+            for k in range(num_models):
+                code = load_int64(spans, num_models + k)
+                theta = pointer(load_int64(spans, k), strip * item_size(code))
+                weight, rescale = load_float64(weights, k), load_float64(weights, num_models + k)
+                row, v = masks + 8 * NUM_COLUMNS * k, _strip(values, k)
+                if code == BFLOAT16:
+                    make_from_bfloat16(row, start + strip, n, weight, rescale, theta, base, random, v)
+                else:
+                    theta = as_lane(code, theta, n, theta_buffer)
+                    make_values(row, start + strip, n, weight, rescale, theta, base, random, v)
+            _add_values(values, num_models, n, total)
+            if is_elected == 0:
                 for i in range(n):
-                    store_float64(delta, i, load_float64(delta, i) - load_float64(base, i))
-                _keep(row, start + strip, n, weight, rescale, delta, random)
+                    store_float64(total, i, element(base, i) + scale * (load_float64(total, i) / constant))
             else:
                 for i in range(n):
-                    number = load_float64(delta, i) - load_float64(base, i)
-                    store_float64(delta, i, weight * (rescale * number))
-            if is_elected != 0:
+                    store_float64(sign, i, load_float64(total, i))
+                _add_elected(values, weights, num_models, n, sign, total, divisor)
                 for i in range(n):
-                    number = load_float64(delta, i)
-                    store_float64(total, i, load_float64(total, i) + number)
-                    is_positive, is_negative = number > 0.0, number < 0.0
-                    store_float64(positive, i, load_float64(positive, i) + (number if is_positive else 0.0))
-                    store_float64(negative, i, load_float64(negative, i) + (number if is_negative else 0.0))
-                    more = load_float64(positive_weight, i) + (weight if is_positive else 0.0)
-                    store_float64(positive_weight, i, more)
-                    more = load_float64(negative_weight, i) + (weight if is_negative else 0.0)
-                    store_float64(negative_weight, i, more)
-            else:
-                for i in range(n):
-                    number = load_float64(delta, i)
-                    store_float64(total, i, load_float64(total, i) + number)
-        if is_elected != 0:
-            for i in range(n):
-                is_positive = load_float64(total, i) >= 0.0
-                number = load_float64(positive, i) if is_positive else load_float64(negative, i)
-                divisor = (
-                    load_float64(positive_weight, i) if is_positive else load_float64(negative_weight, i)
-                )
-                divisor = 1.0 if is_normalized == 0 or divisor == 0.0 else divisor
-                store_float64(total, i, load_float64(base, i) + scale * (number / divisor))
-        else:
-            for i in range(n):
-                number = load_float64(total, i) / weight_of_all
-                store_float64(total, i, load_float64(base, i) + scale * number)
-        num_bad += write_strip(out_code, out + strip * item_size(out_code), n, total)
-    return num_bad
+                    weight = load_float64(divisor, i)
+                    weight = 1.0 if is_normalized == 0 or weight == 0.0 else weight
+                    store_float64(total, i, element(base, i) + scale * (load_float64(total, i) / weight))
+            num_bad += write_strip(out_code, pointer(out, strip * item_size(out_code)), n, total)
+        return num_bad
+
+    return consensus
+
+
+consensus = _consensus(
+    as_float32,
+    float32_at,
+    _value_maker(float32_at, float32_at, difference32),
+    _value_maker(bfloat16_at, float32_at, difference16),
+)
+consensus_wide = _consensus(
+    as_float64,
+    float64_at,
+    _value_maker(float64_at, float64_at, difference64),
+    _value_maker(bfloat16_at, float64_at, difference16_64),
+)

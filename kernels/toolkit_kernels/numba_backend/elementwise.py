@@ -1,182 +1,249 @@
 """Weighted sum, Fisher mean, near swap and the sum of squares, compiled.
 
 ``spans`` is the address of a table [2, K] of int64: K addresses, then K dtype codes. Each function returns how many
-elements of its output are NaN or infinite. A strip is read in full before it is written, so that the output may be
-one of the inputs.
+elements of its output are NaN or infinite. Strips are read as float32, or as float64 in the functions ``..._wide``,
+for which an input may be of float64; four models at a time, so that sums stay in registers. A strip is read in full
+before it is written: the output may be one of the inputs.
 """
 
 import numpy as np
 
 from toolkit_kernels.numba_backend.bits import (
     BFLOAT16,
-    FLOAT16,
     FLOAT32,
+    FLOAT64_STRIP,
     STRIP,
+    as_float32,
+    as_float64,
     bfloat16_at,
-    float16_at,
     float32_at,
     float64_at,
     inlined,
     item_size,
     load_float64,
     load_int64,
-    read_strip,
+    pointer,
     scratch,
     store_float64,
     write_strip,
 )
 
-FLOAT64_STRIP = 8 * STRIP
+GROUP_BUFFERS = 4 * FLOAT64_STRIP
+FISHER_BUFFERS = 2 * GROUP_BUFFERS
 
 
-def _strip_adder(element):
-    """Adds up to four models of one dtype; sums stay in registers. ``many`` says how many; the first set the total."""
+@inlined
+def _group_size(num_left):
+    """How many models to take together: 4, 2 or 1."""
+    return 4 if num_left >= 4 else (2 if num_left >= 2 else 1)
 
+
+@inlined
+def _place(spans, num_models, k, start):
+    """A pointer to element ``start`` of model k."""
+    return pointer(load_int64(spans, k), start * item_size(load_int64(spans, num_models + k)))
+
+
+# --- weighted sum
+
+
+def _adder(element):
     @inlined
     def add(is_first, many, a, b, c, d, weights, total, n):
-        w0, w1, w2, w3 = (
-            load_float64(weights, 0),
-            load_float64(weights, 1),
-            load_float64(weights, 2),
-            load_float64(weights, 3),
-        )
-        if many == 4:
-            if is_first:
-                for i in range(n):
-                    x = element(a, i) * w0 + element(b, i) * w1
-                    store_float64(total, i, x + element(c, i) * w2 + element(d, i) * w3)
-            else:
-                for i in range(n):
-                    x = load_float64(total, i) + element(a, i) * w0 + element(b, i) * w1
-                    store_float64(total, i, x + element(c, i) * w2 + element(d, i) * w3)
-        elif many >= 2:
-            if is_first:
-                for i in range(n):
-                    store_float64(total, i, element(a, i) * w0 + element(b, i) * w1)
-            else:
-                for i in range(n):
-                    store_float64(total, i, load_float64(total, i) + element(a, i) * w0 + element(b, i) * w1)
+        """total = or += the weighted sum of the first ``many`` of four models, in their order."""
+        w0, w1 = load_float64(weights, 0), load_float64(weights, 1)
+        w2, w3 = load_float64(weights, 2), load_float64(weights, 3)
+        if is_first and many == 4:
+            for i in range(n):
+                x = element(a, i) * w0 + element(b, i) * w1
+                store_float64(total, i, x + element(c, i) * w2 + element(d, i) * w3)
+        elif is_first and many == 2:
+            for i in range(n):
+                store_float64(total, i, element(a, i) * w0 + element(b, i) * w1)
         elif is_first:
             for i in range(n):
                 store_float64(total, i, element(a, i) * w0)
+        elif many == 4:
+            for i in range(n):
+                x = load_float64(total, i) + element(a, i) * w0 + element(b, i) * w1
+                store_float64(total, i, x + element(c, i) * w2 + element(d, i) * w3)
         else:
             for i in range(n):
                 store_float64(total, i, load_float64(total, i) + element(a, i) * w0)
+            if many == 2:
+                for i in range(n):
+                    store_float64(total, i, load_float64(total, i) + element(b, i) * w1)
 
     return add
 
 
-_add_float16 = _strip_adder(float16_at)
-_add_bfloat16 = _strip_adder(bfloat16_at)
-_add_float32 = _strip_adder(float32_at)
-_add_float64 = _strip_adder(float64_at)
+_add_bfloat16, _add_float32, _add_float64 = _adder(bfloat16_at), _adder(float32_at), _adder(float64_at)
 
 
 @inlined
-def _add_group(code, is_first, many, a, b, c, d, weights, total, n):
-    if code == BFLOAT16:
-        _add_bfloat16(is_first, many, a, b, c, d, weights, total, n)
-    elif code == FLOAT32:
-        _add_float32(is_first, many, a, b, c, d, weights, total, n)
-    elif code == FLOAT16:
-        _add_float16(is_first, many, a, b, c, d, weights, total, n)
-    else:
-        _add_float64(is_first, many, a, b, c, d, weights, total, n)
+def _all_bfloat16(codes, many):
+    number = 0
+    for k in range(many):
+        number += load_int64(codes, k) == BFLOAT16
+    return number == many
 
 
-@inlined
-def _group_size(spans, k, num_models):
-    """How many models from k on are taken together: 4, 2 or 1 of one dtype."""
-    same = 1
-    while same < 4 and k + same < num_models:
-        if load_int64(spans, num_models + k + same) != load_int64(spans, num_models + k):
-            break
-        same += 1
-    return 2 if same == 3 else same
-
-
-@inlined
-def add_models(spans, num_models, weights, start, n, total):
-    """total = sum_k weights_k theta_k over n elements from ``start``, in the order of k."""
-    k = 0
-    while k < num_models:
-        many = _group_size(spans, k, num_models)
-        code = load_int64(spans, num_models + k)
-        offset = start * item_size(code)
-        a = load_int64(spans, k) + offset
-        b = load_int64(spans, k + (many > 1)) + offset
-        c = load_int64(spans, k + 2 * (many > 2)) + offset
-        d = load_int64(spans, k + 3 * (many > 2)) + offset
-        _add_group(code, k == 0, many, a, b, c, d, weights + 8 * k, total, n)
-        k += many
-
-
-def weighted_sum(spans, num_models, weights, out, out_code, size):
-    """``weights``: [K + 3] float64, the last three unused but readable."""
-    total = scratch(FLOAT64_STRIP)
-    num_bad = 0
-    for start in range(0, size, STRIP):
-        n = min(STRIP, size - start)
-        add_models(spans, num_models, weights, start, n, total)
-        num_bad += write_strip(out_code, out + start * item_size(out_code), n, total)
-    return num_bad
-
-
-def _strip_meaner(element):
+def _models_adder(as_lane, add_lanes, add_bfloat16):
     @inlined
-    def add(theta, fisher, weight, floor, numerator, denominator, n):
-        for i in range(n):
-            f = load_float64(fisher, i)
-            certainty = weight * (floor if f < floor else f)
-            store_float64(denominator, i, load_float64(denominator, i) + certainty)
-            store_float64(numerator, i, load_float64(numerator, i) + certainty * element(theta, i))
+    def add_models(spans, num_models, weights, start, n, total, buffers):
+        """total = sum_k weights_k theta_k over n elements from ``start``, in the order of k."""
+        k = 0
+        while k < num_models:
+            many = _group_size(num_models - k)
+            codes = spans + 8 * (num_models + k)
+            a = _place(spans, num_models, k, start)
+            b = _place(spans, num_models, k + (many > 1), start)
+            c = _place(spans, num_models, k + 2 * (many > 2), start)
+            d = _place(spans, num_models, k + 3 * (many > 2), start)
+            if _all_bfloat16(codes, many):
+                add_bfloat16(k == 0, many, a, b, c, d, weights + 8 * k, total, n)
+            else:
+                a = as_lane(load_int64(codes, 0), a, n, pointer(buffers, 0))
+                if many > 1:
+                    b = as_lane(load_int64(codes, 1), b, n, pointer(buffers, FLOAT64_STRIP))
+                if many > 2:
+                    c = as_lane(load_int64(codes, 2), c, n, pointer(buffers, 2 * FLOAT64_STRIP))
+                    d = as_lane(load_int64(codes, 3), d, n, pointer(buffers, 3 * FLOAT64_STRIP))
+                add_lanes(k == 0, many, a, b, c, d, weights + 8 * k, total, n)
+            k += many
+
+    return add_models
+
+
+_add_models = _models_adder(as_float32, _add_float32, _add_bfloat16)
+_add_models_wide = _models_adder(as_float64, _add_float64, _add_bfloat16)
+
+
+def _weighted_sum(add_models):
+    def weighted_sum(spans, num_models, weights, out, out_code, size):
+        """``weights``: [K + 3] float64, the last three unused but readable."""
+        total, buffers = scratch(FLOAT64_STRIP), scratch(GROUP_BUFFERS)
+        num_bad = 0
+        for start in range(0, size, STRIP):
+            n = min(STRIP, size - start)
+            add_models(spans, num_models, weights, start, n, total, buffers)
+            num_bad += write_strip(out_code, pointer(out, start * item_size(out_code)), n, total)
+        return num_bad
+
+    return weighted_sum
+
+
+weighted_sum, weighted_sum_wide = _weighted_sum(_add_models), _weighted_sum(_add_models_wide)
+
+
+# --- Fisher mean
+
+
+def _fisher_adder(element, certainty_element):
+    @inlined
+    def certainty(fisher, i, weight, floor):
+        f = certainty_element(fisher, i)
+        return weight * (floor if f < floor else f)
+
+    @inlined
+    def add(many, a, b, c, d, e, f, g, h, weights, floors, numerator, denominator, n):
+        """Add w f theta and w f of the first ``many`` of the models a to d with the Fisher information e to h."""
+        w0, w1 = load_float64(weights, 0), load_float64(weights, 1)
+        w2, w3 = load_float64(weights, 2), load_float64(weights, 3)
+        f0, f1 = load_float64(floors, 0), load_float64(floors, 1)
+        f2, f3 = load_float64(floors, 2), load_float64(floors, 3)
+        if many == 4:
+            for i in range(n):
+                p, q = certainty(e, i, w0, f0), certainty(f, i, w1, f1)
+                r, s = certainty(g, i, w2, f2), certainty(h, i, w3, f3)
+                x = load_float64(numerator, i) + p * element(a, i) + q * element(b, i)
+                store_float64(numerator, i, x + r * element(c, i) + s * element(d, i))
+                store_float64(denominator, i, load_float64(denominator, i) + p + q + r + s)
+        elif many == 2:
+            for i in range(n):
+                p, q = certainty(e, i, w0, f0), certainty(f, i, w1, f1)
+                store_float64(
+                    numerator, i, load_float64(numerator, i) + p * element(a, i) + q * element(b, i)
+                )
+                store_float64(denominator, i, load_float64(denominator, i) + p + q)
+        else:
+            for i in range(n):
+                p = certainty(e, i, w0, f0)
+                store_float64(numerator, i, load_float64(numerator, i) + p * element(a, i))
+                store_float64(denominator, i, load_float64(denominator, i) + p)
 
     return add
 
 
-_mean_float16 = _strip_meaner(float16_at)
-_mean_bfloat16 = _strip_meaner(bfloat16_at)
-_mean_float32 = _strip_meaner(float32_at)
-_mean_float64 = _strip_meaner(float64_at)
+def _fisher_mean(as_lane, add_lanes, add_bfloat16, add_models):
+    @inlined
+    def lane(spans, num_models, k, start, n, buffers, number):
+        buffer = pointer(buffers, number * FLOAT64_STRIP)
+        return as_lane(load_int64(spans, num_models + k), _place(spans, num_models, k, start), n, buffer)
 
+    @inlined
+    def add_group(spans, fishers, num_models, k, many, parameters, start, n, numerator, denominator, buffers):
+        weights, floors = parameters + 8 * k, parameters + 8 * (num_models + k)
+        k1, k2, k3 = k + (many > 1), k + 2 * (many > 2), k + 3 * (many > 2)
+        e = lane(fishers, num_models, k, start, n, buffers, 0)
+        f = lane(fishers, num_models, k1, start, n, buffers, 1) if many > 1 else e
+        g = lane(fishers, num_models, k2, start, n, buffers, 2) if many > 2 else e
+        h = lane(fishers, num_models, k3, start, n, buffers, 3) if many > 2 else e
+        if _all_bfloat16(spans + 8 * (num_models + k), many):
+            a, b = _place(spans, num_models, k, start), _place(spans, num_models, k1, start)
+            c, d = _place(spans, num_models, k2, start), _place(spans, num_models, k3, start)
+            add_bfloat16(many, a, b, c, d, e, f, g, h, weights, floors, numerator, denominator, n)
+        else:
+            a = lane(spans, num_models, k, start, n, buffers, 4)
+            b = lane(spans, num_models, k1, start, n, buffers, 5) if many > 1 else a
+            c = lane(spans, num_models, k2, start, n, buffers, 6) if many > 2 else a
+            d = lane(spans, num_models, k3, start, n, buffers, 7) if many > 2 else a
+            add_lanes(many, a, b, c, d, e, f, g, h, weights, floors, numerator, denominator, n)
 
-def fisher_mean(spans, fisher_spans, num_models, parameters, out, out_code, size):
-    """``parameters``: [3, K] float64 weights, floors, fallback, and three more unused but readable numbers."""
-    fisher, plain = scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP)
-    numerator, denominator = scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP)
-    num_bad = 0
-    for start in range(0, size, STRIP):
-        n = min(STRIP, size - start)
-        for i in range(n):
-            store_float64(numerator, i, -0.0)  # -0.0 + x is x, for every x
-            store_float64(denominator, i, -0.0)
-        for k in range(num_models):
-            weight, floor = load_float64(parameters, k), load_float64(parameters, num_models + k)
-            code = load_int64(fisher_spans, num_models + k)
-            read_strip(code, load_int64(fisher_spans, k) + start * item_size(code), n, fisher)
-            code = load_int64(spans, num_models + k)
-            theta = load_int64(spans, k) + start * item_size(code)
-            if code == BFLOAT16:
-                _mean_bfloat16(theta, fisher, weight, floor, numerator, denominator, n)
-            elif code == FLOAT32:
-                _mean_float32(theta, fisher, weight, floor, numerator, denominator, n)
-            elif code == FLOAT16:
-                _mean_float16(theta, fisher, weight, floor, numerator, denominator, n)
-            else:
-                _mean_float64(theta, fisher, weight, floor, numerator, denominator, n)
-        num_zero = 0
-        for i in range(n):
-            num_zero += load_float64(denominator, i) == 0.0
-        if num_zero > 0:
-            add_models(spans, num_models, parameters + 16 * num_models, start, n, plain)
+    def fisher_mean(spans, fishers, num_models, parameters, out, out_code, size):
+        """``parameters``: [3, K] float64 weights, floors, fallback, and three more unused but readable numbers."""
+        numerator, denominator, mean = scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP)
+        buffers = scratch(FISHER_BUFFERS)
+        num_bad = 0
+        for start in range(0, size, STRIP):
+            n = min(STRIP, size - start)
             for i in range(n):
-                if load_float64(denominator, i) == 0.0:
-                    store_float64(denominator, i, 1.0)
-                    store_float64(numerator, i, load_float64(plain, i))
-        for i in range(n):
-            store_float64(numerator, i, load_float64(numerator, i) / load_float64(denominator, i))
-        num_bad += write_strip(out_code, out + start * item_size(out_code), n, numerator)
-    return num_bad
+                store_float64(numerator, i, -0.0)  # -0.0 + x is x, for every x
+                store_float64(denominator, i, -0.0)
+            k = 0
+            while k < num_models:
+                many = _group_size(num_models - k)
+                add_group(
+                    spans, fishers, num_models, k, many, parameters, start, n, numerator, denominator, buffers
+                )
+                k += many
+            num_zero = 0
+            for i in range(n):
+                num_zero += load_float64(denominator, i) == 0.0
+                store_float64(mean, i, load_float64(numerator, i) / load_float64(denominator, i))
+            if num_zero > 0:
+                add_models(spans, num_models, parameters + 16 * num_models, start, n, numerator, buffers)
+                for i in range(n):
+                    if load_float64(denominator, i) == 0.0:
+                        store_float64(mean, i, load_float64(numerator, i))
+            num_bad += write_strip(out_code, pointer(out, start * item_size(out_code)), n, mean)
+        return num_bad
+
+    return fisher_mean
+
+
+fisher_mean = _fisher_mean(
+    as_float32, _fisher_adder(float32_at, float32_at), _fisher_adder(bfloat16_at, float32_at), _add_models
+)
+fisher_mean_wide = _fisher_mean(
+    as_float64,
+    _fisher_adder(float64_at, float64_at),
+    _fisher_adder(bfloat16_at, float64_at),
+    _add_models_wide,
+)
+
+
+# --- two inputs
 
 
 def near_swap(base, base_code, theta, theta_code, limit, out, out_code, size):
@@ -186,14 +253,14 @@ def near_swap(base, base_code, theta, theta_code, limit, out, out_code, size):
     num_bad = 0
     for start in range(0, size, STRIP):
         n = min(STRIP, size - start)
-        read_strip(base_code, base + start * item_size(base_code), n, old)
-        read_strip(theta_code, theta + start * item_size(theta_code), n, new)
+        as_float64(base_code, pointer(base, start * item_size(base_code)), n, old)
+        as_float64(theta_code, pointer(theta, start * item_size(theta_code)), n, new)
         for i in range(n):
             delta = load_float64(new, i) - load_float64(old, i)
             weight = t / abs(delta)
             weight = 1.0 if weight > 1.0 or delta == 0.0 else weight
             store_float64(old, i, load_float64(old, i) + weight * delta)
-        num_bad += write_strip(out_code, out + start * item_size(out_code), n, old)
+        num_bad += write_strip(out_code, pointer(out, start * item_size(out_code)), n, old)
     return num_bad
 
 
@@ -203,10 +270,9 @@ def add_squares(total, values, code, scale, size):
     factor = load_float64(scale, 0)
     for start in range(0, size, STRIP):
         n = min(STRIP, size - start)
-        read_strip(code, values + start * item_size(code), n, new)
-        read_strip(FLOAT32, total + start * 4, n, old)
+        as_float64(code, pointer(values, start * item_size(code)), n, new)
         for i in range(n):
             value = load_float64(new, i)
-            store_float64(old, i, load_float64(old, i) + factor * value * value)
-        write_strip(FLOAT32, total + start * 4, n, old)
+            store_float64(old, i, float32_at(pointer(total, start * 4), i) + factor * value * value)
+        write_strip(FLOAT32, pointer(total, start * 4), n, old)
     return np.int64(0)

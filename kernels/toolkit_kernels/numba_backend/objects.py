@@ -77,7 +77,8 @@ def _compile(module: str, name: str, num_arguments: int) -> bytes:
 
     function = getattr(importlib.import_module(f"{__package__}.{module}"), name)
     signature = numba.int64(*[numba.int64] * num_arguments)
-    compiled = numba.cfunc(signature, nopython=True, boundscheck=False, error_model="numpy")(function)
+    options: dict = {"nopython": True, "boundscheck": False, "error_model": "numpy"}
+    compiled = numba.cfunc(signature, **options)(function)
     # numba's wrapper for C calls Python to report errors. Ours does not, since there are none.
     inner = compiled.native_name.removeprefix("cfunc.")
     arguments = ", ".join(f"i64 %a{i}" for i in range(num_arguments))
