@@ -127,18 +127,28 @@ def drop(
 def probabilities(delta_RC: "torch.Tensor", density: float, epsilon: float) -> "torch.Tensor":
     """[R, C] density - epsilon + 2 epsilon r / (C - 1), r = 0 ... C - 1 the rank of |delta| in its row.
 
-    Equal magnitudes are ranked by index. A row of one element has the probability ``density``.
+    Magnitudes are compared in float32, equal ones ranked by index. A row of one element has ``density``.
     """
     length = delta_RC.shape[1]
     if length == 1:
         return delta_RC.new_full(delta_RC.shape, density)
-    order_RC = delta_RC.abs().argsort(dim=1, stable=True)
-    evenly_RC = (
-        delta_RC.new_tensor(np.linspace(density - epsilon, density + epsilon, length))
-        .expand_as(delta_RC)
-        .contiguous()
-    )
-    return delta_RC.new_empty(delta_RC.shape).scatter_(1, order_RC, evenly_RC)
+    evenly_C = delta_RC.new_tensor(np.linspace(density - epsilon, density + epsilon, length))
+    order_RC = _order(delta_RC.float().abs())
+    return delta_RC.new_empty(delta_RC.shape).scatter_(1, order_RC, evenly_C.expand_as(order_RC))
+
+
+def _order(magnitude_RC: "torch.Tensor") -> "torch.Tensor":
+    """[R, C] indices of each row, from its smallest magnitude to its largest."""
+    import torch
+
+    # As integers, bit patterns of float32 have the order of the magnitudes; index and all they are one number to sort.
+    index_C = torch.arange(magnitude_RC.shape[1], device=magnitude_RC.device)
+    keys_RC = (magnitude_RC.view(torch.int32).long() << 32) | index_C
+    if keys_RC.device.type == "cpu":
+        keys_RC.numpy().sort(axis=1)  # several times as fast as torch's
+    else:
+        keys_RC = keys_RC.sort(dim=1).values
+    return keys_RC & 0xFFFFFFFF
 
 
 def _check(group: TensorGroup, density: Floats, epsilon: Floats) -> None:

@@ -1,10 +1,11 @@
 """SCE: select the elements on which models differ, calculate a weight for each model, erase minority signs."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from toolkit.merging.group import TensorGroup
+from toolkit.merging.group import MemoryReader, TensorGroup
 from toolkit.merging.methods.weights import fractions
 from toolkit.merging.registry import Parameter, merge_method
 
@@ -52,7 +53,7 @@ def selected(group: TensorGroup, share: float) -> "torch.Tensor | None":
 
     from toolkit.merging.methods import rows as by_rows
 
-    if share == 1:
+    if share == 1 or not group.size:
         return None
     # In float32, so that what differs by the order of the models alone is equal.
     variance = torch.zeros(group.size, dtype=torch.float32, device=group.device)
@@ -60,12 +61,10 @@ def selected(group: TensorGroup, share: float) -> "torch.Tensor | None":
         values = rows.delta_KRC.var(0, correction=0).reshape(-1)
         variance[rows.start : rows.start + len(values)] = values
     count = int(int(variance.count_nonzero()) * share)
-    chosen = torch.zeros(group.size, dtype=torch.bool, device=group.device)
-    if count:
-        threshold = variance.kthvalue(group.size - count + 1).values
-        chosen = variance > threshold
-        equal = (variance == threshold).nonzero().flatten()
-        chosen[equal[: count - int(chosen.sum())]] = True
+    (threshold,) = replace(group, models=(MemoryReader.of(variance, "variance"),), base=None).largest([count])
+    bits = variance.view(torch.int32)
+    chosen = bits > min(threshold.bits, np.iinfo(np.int32).max)
+    chosen[: threshold.last + 1] |= bits[: threshold.last + 1] == threshold.bits
     return chosen
 
 
