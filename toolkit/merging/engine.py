@@ -20,7 +20,7 @@ from toolkit.merging.interruption import stop_request
 from toolkit.merging.layout import Layout, lay_out
 from toolkit.merging.output_folder import OutputFolder, refuse_inputs
 from toolkit.merging.plan import MergePlan, tensor_readers
-from toolkit.merging.progress_file import ProgressFile, digest_of, parameter_groups
+from toolkit.merging.progress_file import PROGRESS_NAME, ProgressFile, digest_of, parameter_groups
 from toolkit.merging.report import REPORT_NAME, Report, Seconds, group_facts, input_facts
 from toolkit.merging.safetensors_file import CARRIER, FileIdentity
 from toolkit.merging.verify import verify
@@ -150,6 +150,7 @@ class _Run:
             self.todo = [place for place in self.layout.places if place.index not in finished]
             self.resumed = True
             leftovers.remove(staged)
+            self.folder.keep_only([*self.writer.paths, staged / PROGRESS_NAME])
         elif self.options.resume and leftovers:
             self.notes.append(
                 "the unfinished merge was of other inputs or settings, or had not begun: begun anew"

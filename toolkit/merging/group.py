@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Elements of one piece: inputs and output of a few models fit into the L2 cache of a core; a multiple of BLOCK
 # and a power of two.
 PIECE_SIZE = 256 * BLOCK
+# Pieces of a large tensor whose elements are counted: at most this many.
+NUM_COUNTED = 16
 
 
 class Reader(Protocol):
@@ -145,7 +147,9 @@ class TensorGroup:
 
     def largest(self, counts: Sequence[int]) -> list[Threshold]:
         """For each model the set of its ``counts[k]`` elements of largest |delta_k|."""
-        return sums.largest(self.backend, self.pieces(base=True), counts, self.parallel_map)
+        # A histogram takes half a megabyte a model: few and large pieces.
+        size = max(-(-self.size // (NUM_COUNTED * BLOCK)) * BLOCK, NUM_COUNTED * PIECE_SIZE)
+        return sums.largest(self.backend, self.pieces(base=True, size=size), counts, self.parallel_map)
 
     def tensors(self, dtype: str = "float32") -> "tuple[list[torch.Tensor], torch.Tensor | None]":
         """All models and the base as whole tensors on ``device``, for methods that need matrices or rows."""

@@ -15,17 +15,19 @@ from toolkit.errors import RunDirectoryError
 NUM_DIGITS = 12
 # Room for companions and for the file system's own tables.
 SPARE_BYTES = 32 << 20
+# The folder of a model or adapter; another one may hold inputs (Fisher files) and the result side by side.
+MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 def refuse_inputs(out: Path, files: Iterable[Path]) -> None:
-    """Raises RunDirectoryError if ``out`` is, holds or lies in a folder that the merge reads."""
+    """Raises RunDirectoryError if ``out`` is or holds a folder that the merge reads, or lies in that of a model."""
     out = out.resolve()
     for folder in {Path(os.path.abspath(path)).parent for path in files} | {
         p.resolve().parent for p in files
     }:
         if folder == out:
             raise RunDirectoryError(f"{out} is one of the inputs; a merge writes a folder of its own")
-        if folder in out.parents:
+        if folder in out.parents and any((folder / name).is_file() for name in MODEL_FILES):
             raise RunDirectoryError(f"{out} lies in the input {folder}; choose a folder outside of it")
         if out in folder.parents:
             raise RunDirectoryError(f"{out} holds the input {folder}, which replacing it would delete")
@@ -94,6 +96,14 @@ class OutputFolder:
     def discard(self, folders: Iterable[Path]) -> None:
         for folder in folders:
             shutil.rmtree(folder)
+
+    def keep_only(self, kept: Iterable[Path]) -> None:
+        """Remove what a killed merge was writing beside the weights; it is written again."""
+        for path in set(self.staged.iterdir()) - set(kept):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def check_space(self, num_bytes: int) -> None:
         """Raises RunDirectoryError if the disk has no room for ``num_bytes`` and a little more."""
