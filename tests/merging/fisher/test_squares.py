@@ -65,7 +65,7 @@ def test_tokens_without_gradient_are_left_out(spans, transposed) -> None:
     grad, value = random(3, 6, 12), random(3, 6, 9, seed=1)
     for b, (start, stop) in enumerate(spans):
         grad[b, :start], grad[b, stop:] = 0, 0
-    products = Products(value, grad) if transposed else Products(grad, value)
+    products = Products(value, grad, is_transposed=True) if transposed else Products(grad, value)
     assert squares._spans(products) == [(s, e) if e > s else (6, 6) for s, e in spans]
     expected = reference(products.grad_BTO, products.input_BTI)
     fisher = torch.zeros(expected.shape)

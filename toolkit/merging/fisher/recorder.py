@@ -144,13 +144,10 @@ class Recorder:
             return
         try:
             contributions = layer.rule(layer.module, inputs, gradients.detach())
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            IndexError,
-        ):  # not a layer of the kind that the rule is for
-            contributions = {}
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            contributions = {}  # not a layer of the kind that the rule is for
         for own, name in layer.names.items():
             if own not in contributions:
                 self.failed.add(name)
@@ -186,7 +183,11 @@ class Recorder:
         if vectors:
             add_vector_squares(fisher, _joined(vectors))
         elif products:
-            both = Products(_joined([p.grad_BTO for p in products]), _joined([p.input_BTI for p in products]))
+            both = Products(
+                _joined([p.grad_BTO for p in products]),
+                _joined([p.input_BTI for p in products]),
+                products[0].is_transposed,
+            )
             add_product_squares(fisher, both, self._scratch, joined)
         elif joined is not None:
             add_lookup_squares(fisher, joined)

@@ -43,7 +43,7 @@ def _transposed_linear(
     module: nn.Module, input_BTI: torch.Tensor, grad_BTO: torch.Tensor
 ) -> dict[str, Contribution]:
     """transformers' Conv1D holds its weight as [I, O]."""
-    return {"weight": Products(input_BTI, grad_BTO), "bias": grad_BTO}
+    return {"weight": Products(input_BTI, grad_BTO, is_transposed=True), "bias": grad_BTO}
 
 
 def _embedding(module: nn.Module, ids_BT: torch.Tensor, grad_BTD: torch.Tensor) -> dict[str, Contribution]:

@@ -21,10 +21,12 @@ class Products:
     Attributes:
         grad_BTO: gradient with respect to the product.
         input_BTI: what was multiplied.
+        is_transposed: the two have changed places (the matrix is held as [I, O]).
     """
 
     grad_BTO: torch.Tensor
     input_BTI: torch.Tensor
+    is_transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,36 +101,40 @@ def add_product_squares(
     num_outputs, num_inputs = fisher_OI.shape
     block = max(1, min(num_outputs, BLOCK_NUM_ELEMENTS // num_inputs))
     buffer = scratch.take(block * num_inputs, fisher_OI.device)
-    examples = [
-        (b, grad_BTO[b, start:stop].float().T, input_BTI[b, start:stop].float())
-        for b, (start, stop) in enumerate(spans)
-        if stop > start or lookups is not None
-    ]
+    examples = _examples(products, spans)
     for first in range(0, num_outputs, block):
         fisher_block = fisher_OI[first : first + block]
         gradient = buffer[: fisher_block.numel()].view_as(fisher_block)
-        for b, grad_OT, input_TI in examples:
+        for b, (grad_OT, input_TI) in enumerate(examples):
             torch.mm(grad_OT[first : first + block], input_TI, out=gradient)
             if lookups is not None:
                 _add_rows(gradient, lookups, b, first)
             fisher_block.addcmul_(gradient, gradient)
 
 
+def _examples(products: Products, spans: list[tuple[int, int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Both factors of each example as views, [O, T] and [T, I], in float32."""
+    grads_OT = products.grad_BTO.float().transpose(1, 2).unbind()
+    inputs_TI = products.input_BTI.float().unbind()
+    whole = (0, products.grad_BTO.shape[1])
+    return [
+        (grad_OT, input_TI) if span == whole else (grad_OT[:, slice(*span)], input_TI[slice(*span)])
+        for grad_OT, input_TI, span in zip(grads_OT, inputs_TI, spans, strict=True)
+    ]
+
+
 def _spans(products: Products) -> list[tuple[int, int]]:
     """Of each example the tokens outside of which the product is zero: padding, a prompt, all but the first token."""
-    factors = (products.grad_BTO, products.input_BTI)
-    num_examples, num_tokens, _ = products.grad_BTO.shape
-    if num_tokens == 1 or all(bool(_are_used(f[:, 0 :: num_tokens - 1]).all()) for f in factors):
+    gradient = products.input_BTI if products.is_transposed else products.grad_BTO
+    num_examples, num_tokens, _ = gradient.shape
+    # Two tokens tell at once that nothing is to be gained, which is the usual case.
+    if num_tokens == 1 or bool((gradient[:, 0 :: num_tokens - 1] != 0).any(dim=-1).all()):
         return [(0, num_tokens)] * num_examples
     spans = []
-    for used in (_are_used(factors[0]) & _are_used(factors[1])).tolist():
+    for used in (gradient != 0).any(dim=-1).tolist():
         start = used.index(True) if True in used else num_tokens
         spans.append((start, num_tokens - used[::-1].index(True) if True in used else start))
     return spans
-
-
-def _are_used(rows: torch.Tensor) -> torch.Tensor:
-    return (rows != 0).any(dim=-1)
 
 
 def _add_rows(gradient: torch.Tensor, lookups: Lookups, example: int, first: int) -> None:
