@@ -12,7 +12,7 @@ from toolkit.merging.registry import REQUIRED, merge_methods
 METHODS = merge_methods()
 RANDOM = ["dare_linear", "dare_ties", "della", "della_linear"]
 NEED_BASE = [name for name, method in METHODS.items() if method.base == "required"]
-ONE_MODEL = ["slerp", "nearswap", "passthrough"]
+ONE_MODEL = ["slerp", "nearswap", "passthrough", "arcee_fusion"]
 # Their result has another spectrum, or a part of it, by design.
 SPECTRAL = ["tsv_m", "iso_c"]
 T = {"slerp": 0.3, "nearswap": 0.05}
@@ -50,7 +50,7 @@ def inputs_of(method, random_models, count=3, **sizes):
     return models, base if method in NEED_BASE else None, fisher, parameters
 
 
-# For each method and parameter: two values whose results differ, and what else must be set for that.
+# For each parameter, or that of one method: two values whose results differ, and what else must be set for that.
 CHANGES = {
     "weight": (None, None, {}),
     "normalize": (True, False, {}),
@@ -72,6 +72,10 @@ CHANGES = {
     "fisher_normalize": ("tensor", "none", {}),
     "fisher_floor": (0.0, 0.5, {}),
     "alpha": (0.9, 0.2, {}),
+    "r": (0.1, 1.0, {"epsilon": 0.1}),
+    ("ram", "epsilon"): (1e-5, 0.1, {}),
+    ("ramplus_tl", "epsilon"): (1e-5, 0.1, {}),
+    ("ramplus_tl", "alpha"): (0.1, 0.9, {"epsilon": 0.1}),
     "gram": (None, None, {}),
 }
 
@@ -81,7 +85,7 @@ CHANGES = {
 )
 def test_every_parameter_counts(merge, random_models, method, name) -> None:
     models, base, fisher, parameters = inputs_of(method, random_models)
-    first, second, others = CHANGES[name]
+    first, second, others = CHANGES.get((method, name)) or CHANGES[name]
     if name == "weight":
         first, second = parameters["weight"], [1.5, 0.5, 1.9][: len(models)]
     if name == "gram":
@@ -89,7 +93,7 @@ def test_every_parameter_counts(merge, random_models, method, name) -> None:
     parameters |= others
     one, two = (merge(method, models, base, fisher, **parameters | {name: v}) for v in (first, second))
     assert (one - two).abs().max() > 1e-4
-    if METHODS[method].parameters[0].per_model and name in ("weight", "density", "gamma", "epsilon"):
+    if next(p for p in METHODS[method].parameters if p.name == name).per_model and method not in ONE_MODEL:
         for k in range(len(models)):  # each model's own value counts
             values = list(first) if isinstance(first, list) else [first] * len(models)
             values[k] = second[k] if isinstance(second, list) else second

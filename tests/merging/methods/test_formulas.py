@@ -250,6 +250,44 @@ def test_sce(merge, random_models, topk, monkeypatch) -> None:
     torch.testing.assert_close(merge("sce", models, base, select_topk=topk), expected, **FLOAT32)
 
 
+@pytest.mark.parametrize("method", ["ram", "ramplus_tl"])
+def test_ram_element_by_element(merge, random_models, method, monkeypatch) -> None:
+    monkeypatch.setattr("toolkit.merging.methods.rows.BLOCK_ELEMENTS", 100)
+    models, base = random_models(dtype=torch.float64)
+    deltas = torch.stack([m - base for m in models]).flatten(1)
+    moved = deltas.abs() > 0.1
+    factors = torch.ones(3).double()
+    if method == "ramplus_tl":
+        for k in range(3):
+            others = moved[[j for j in range(3) if j != k]].any(0)
+            unique, shared = int((moved[k] & ~others).sum()), int((moved[k] & others).sum())
+            factors[k] = 1 + 0.3 * min(shared / unique, 0.9)
+        assert factors.min() > 1.1
+    expected = base.flatten().clone()
+    for n in range(base.numel()):
+        who = [k for k in range(3) if moved[k, n]]
+        if len(who) == 1:
+            expected[n] += factors[who[0]] * deltas[who[0], n]
+        elif who:
+            expected[n] += sum(deltas[k, n] for k in who) / len(who)
+    more = {"r": 0.3, "alpha": 0.9} if method == "ramplus_tl" else {}
+    merged = merge(method, models, base, epsilon=0.1, **more)
+    torch.testing.assert_close(merged, expected.view(base.shape), **EXACT)
+
+
+def test_arcee_fusion(merge, random_models, monkeypatch) -> None:
+    monkeypatch.setattr("toolkit.merging.methods.rows.BLOCK_ELEMENTS", 100)
+    (model,), base = random_models(1, dtype=torch.float64)
+    model[3:] = torch.where(torch.rand(base[3:].shape) < 0.5, model[3:], base[3:])
+    p, q = model.softmax(-1) + 1e-8, base.softmax(-1) + 1e-8
+    importance = (model - base).abs() * (p * (p / q).log()).sum(-1, keepdim=True)
+    ranked = importance.flatten().sort().values
+    first, median, third = (ranked[int(q * (ranked.numel() - 1))] for q in (0.25, 0.5, 0.75))
+    chosen = importance > (median + 1.5 * (third - first)) * (1 + 1e-6)
+    assert 0 < chosen.sum() < 0.3 * chosen.numel()
+    assert torch.equal(merge("arcee_fusion", [model], base), torch.where(chosen, model, base))
+
+
 @pytest.mark.parametrize("with_base", [True, False])
 def test_fisher_simple(merge, random_models, with_base) -> None:
     models, base = random_models()

@@ -31,6 +31,8 @@ Where the two differ on purpose:
 | model_stock: tiny deltas       | products of norms below 1e-6 count as 1e-6   | cosines at any scale               |
 | sce: tiny deltas               | equal weights where mean squares add up to   | weights at any scale               |
 |                                | less than 1e-6 (deltas of about 5e-4)        |                                    |
+| arcee_fusion: quartiles        | of a random million elements, importance in  | of all, importance in float64      |
+|                                | float32                                      |                                    |
 | nearswap: t below 1e-6         | differences below 1e-6 count as 1e-6         | as the formula says                |
 | della: a row of one element    | fails (0 / 0 as a probability)               | probability `density`              |
 | della: three dimensions        | ranks along the second                       | ranks along the last               |
@@ -165,6 +167,13 @@ class TestEveryShape:
         (model,), base = random_models(1, shape)
         check("nearswap", [model], base, t=t)
 
+    @pytest.mark.parametrize("epsilon", [1e-5, 0.05])
+    def test_ram(self, check, random_models, shape, epsilon) -> None:
+        models, base = random_models(3, shape)
+        check("ram", models, base, epsilon=epsilon)
+        check("ramplus_tl", models, base, epsilon=epsilon, r=0.5, alpha=0.8)
+        check("ramplus_tl", models, base, epsilon=epsilon)
+
     def test_passthrough(self, check, random_models, shape) -> None:
         (model,), _ = random_models(1, shape)
         check("passthrough", [model])
@@ -176,6 +185,14 @@ class TestEveryShape:
         models, base = random_models(3, shape)
         given = {} if normalize is None else {"normalize": normalize}
         check(method, models, base, weight=W, density=[1.0] * 3, **given, **{"lambda": 0.7})
+
+
+def test_arcee_fusion_takes_the_same_elements(merge, random_models) -> None:
+    (model,), base = random_models(1, (300, 400))
+    ours, reference = merge("arcee_fusion", [model], base), theirs("arcee_fusion", [model], base)
+    assert 0.005 < (ours == model).double().mean() < 0.2
+    # Theirs comes from differences of logarithms in float32: some elements near the threshold fall on the other side.
+    assert (ours - reference).ne(0).double().mean() < 1e-3
 
 
 def test_defaults_are_theirs(check, random_models) -> None:

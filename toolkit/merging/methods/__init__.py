@@ -6,6 +6,7 @@ task_vectors   task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, bread
 della          della, della_linear
 stock          model_stock
 sce            sce
+overlap        ram, ramplus_tl, arcee_fusion
 importance     fisher_simple, fisher, from_optimizer
 regmean        regmean
 spectral       tsv_m, iso_c
@@ -20,6 +21,7 @@ from toolkit.merging.methods import (
     averages,
     della,
     importance,
+    overlap,
     regmean,
     sce,
     spectral,
@@ -32,6 +34,7 @@ __all__ = [
     "averages",
     "della",
     "importance",
+    "overlap",
     "regmean",
     "sce",
     "spectral",
