@@ -1,4 +1,4 @@
-"""What bench/gpu_kernels.py compares with: torch's own ways to merge a state dict on a GPU, as good as we can make them.
+"""What bench/gpu_kernels.py compares with: torch's own ways to merge a state dict on a GPU, each made the best of.
 
 They accumulate in float32 (our kernels in float64) but for the one that is called after its dtype.
 """

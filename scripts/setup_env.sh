@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Creates .venv and installs meldkit with the versions of constraints.txt. Called by every target of the Makefile.
+# Creates .venv and installs meldkit with the versions of constraints.txt (and constraints-cpu.txt). Called by every
+# target of the Makefile.
 #
 # A second call returns at once: .venv/.meldkit-setup holds a digest of everything that decides what is installed.
 # An installation that was killed leaves .venv/.meldkit-unfinished behind and the next call begins anew.
@@ -55,7 +56,7 @@ wanted_torch() {
 
 digest() { # of everything that decides what is installed: $1 the Python version, $2 the build of torch
     {
-        cat pyproject.toml setup.cfg constraints.txt scripts/setup_env.sh
+        cat pyproject.toml setup.cfg constraints.txt constraints-cpu.txt scripts/setup_env.sh
         printf '%s\n' "$1" "$2" "$EXTRAS" "$PWD"
     } | "$VENV_PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
@@ -93,9 +94,13 @@ uv_install_torch() { # uv knows where PyTorch keeps its builds; $1 is cpu or aut
         logged "$VENV_PYTHON" -m uv pip install --python "$VENV_PYTHON" --torch-backend "$1" --no-deps "$torch"
 }
 
+installed_torch() { # prints 2.13.0+cpu, or nothing
+    "$VENV_PYTHON" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true
+}
+
 install_torch() { # torch comes first: whatever is installed later finds it and brings no other build
     local found
-    found=$("$VENV_PYTHON" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true)
+    found=$(installed_torch)
     if [[ $1 == cuda && $found == *+cpu ]]; then
         logged "$VENV_PYTHON" -m pip uninstall --yes torch || explain_and_fail "the CUDA build of torch"
     elif [[ $found == "${torch#torch==}"* ]]; then
@@ -122,7 +127,11 @@ step() { # $1 what, the rest: the command
 }
 
 install_package() {
-    pip_install --editable ".${EXTRAS:+[$EXTRAS]}" || explain_and_fail "meldkit and its dependencies"
+    local package=(--editable ".${EXTRAS:+[$EXTRAS]}")
+    if [[ $(installed_torch) == *+cpu ]]; then # other builds name their own triton
+        package+=(--constraint constraints-cpu.txt)
+    fi
+    pip_install "${package[@]}" || explain_and_fail "meldkit and its dependencies"
 }
 
 make_venv() { # $1: an option of venv

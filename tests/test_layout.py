@@ -286,7 +286,8 @@ def test_the_version_stands_in_pyproject_only() -> None:
 
 
 def constraints() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    files = (ROOT / "constraints.txt", ROOT / "constraints-cpu.txt")
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     pins = [line.split("==") for line in lines if line and not line.startswith("#")]
     return {canonical(name): version for name, version in pins}
 
