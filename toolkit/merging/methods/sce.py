@@ -55,8 +55,8 @@ def selected(group: TensorGroup, share: float) -> "torch.Tensor | None":
 
     if share == 1 or not group.size:
         return None
-    # In float32, so that what differs by the order of the models alone is equal.
-    variance = torch.zeros(group.size, dtype=torch.float32, device=group.device)
+    # In float32, so that what differs by the order of the models alone is equal; where the backend can read it.
+    variance = torch.zeros(group.size, dtype=torch.float32, device=group.models[0].span(0, 1).device)
     for rows in by_rows.blocks_of_rows(group):
         values = rows.delta_KRC.var(0, correction=0).reshape(-1)
         variance[rows.start : rows.start + len(values)] = values
@@ -65,7 +65,7 @@ def selected(group: TensorGroup, share: float) -> "torch.Tensor | None":
     bits = variance.view(torch.int32)
     chosen = bits > min(threshold.bits, np.iinfo(np.int32).max)
     chosen[: threshold.last + 1] |= bits[: threshold.last + 1] == threshold.bits
-    return chosen
+    return chosen.to(group.device)
 
 
 def _selected_deltas(rows: "Rows", chosen: "torch.Tensor | None") -> "torch.Tensor":
