@@ -194,8 +194,10 @@ def _refuse_what_no_configuration_needs(text: str, max_depth: int, aliases: bool
     depth = num_documents = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1
-        if isinstance(event, yaml.AliasEvent) and not aliases:
-            raise YamlProblem(f"'*{event.anchor}': aliases are not allowed; write the value out", line)
+        if isinstance(event, yaml.AliasEvent):
+            if not aliases:
+                raise YamlProblem(f"'*{event.anchor}': aliases are not allowed; write the value out", line)
+            continue
         if getattr(event, "anchor", None) and not aliases:
             raise YamlProblem(f"'&{event.anchor}': anchors are not allowed; write the value out", line)
         if getattr(event, "tag", None):

@@ -188,13 +188,15 @@ class Companions:
         return [name for name in TOKENIZER_FILES if (self.tokenizer_folder / name).is_file()]
 
     def _write_tokenizer(self, folder: Path) -> None:
-        is_changed = self.unified is not None and self.unified.tokenizer is not None
+        changed = self.unified.tokenizer if self.unified is not None else None
         for name in self._tokenizer_files():
-            if is_changed and (name in WITHOUT_ADDED_TOKENS or name in (TOKENIZER_FILE, "added_tokens.json")):
+            if changed is not None and (
+                name in WITHOUT_ADDED_TOKENS or name in (TOKENIZER_FILE, "added_tokens.json")
+            ):
                 continue
             copy_file(self.tokenizer_folder, name, folder)
-        if self.unified is not None and is_changed:
-            _write(folder / TOKENIZER_FILE, self.unified.tokenizer.to_str(pretty=True))
+        if changed is not None:
+            _write(folder / TOKENIZER_FILE, changed.to_str(pretty=True))
         if self.chat_template is not None:
             path = folder / TOKENIZER_CONFIG
             settings = _read_json(path)

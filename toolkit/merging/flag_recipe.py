@@ -14,14 +14,8 @@ from toolkit.merging.recipe_file import build
 from toolkit.merging.registry import MergeMethod, merge_methods
 
 NAME = "the command line"
-# How the file's words are called among the flags.
-FLAG_NAMES = {
-    "base_model": "--base",
-    "'weight'": "--weights",
-    "'density'": "--density",
-    "'fisher'": "--fisher",
-    "merge_method": "--method",
-}
+# Parameters with a flag of their own.
+FLAGS = {"weight": "--weights", "density": "--density", "fisher": "--fisher"}
 
 
 def recipe_of_flags(options: RecipeOptions, *, lenient: bool) -> MergeRecipe:
@@ -43,7 +37,8 @@ def recipe_of_flags(options: RecipeOptions, *, lenient: bool) -> MergeRecipe:
         tree, _ = parse_tree(text, NAME)
         return build(tree, text, NAME, lenient=lenient)
     except ConfigError as error:
-        raise ConfigError([_of_flags(problem) for problem in error.problems], hint=error.hint) from None
+        found = dict.fromkeys(_of_flags(problem) for problem in error.problems)
+        raise ConfigError(list(found), hint=error.hint) from None
 
 
 def _wrong_lengths(options: RecipeOptions) -> list[str]:
@@ -89,7 +84,10 @@ def _contents(options: RecipeOptions, method: MergeMethod) -> dict[str, Any]:
 
 def _of_flags(problem: str) -> str:
     """A problem of the recipe in the words of the flags."""
+
+    def needs(match: re.Match[str]) -> str:
+        return f"needs {FLAGS.get(match[1], f'--param {match[1]}=VALUE')}"
+
     problem = re.sub(rf"^{NAME}(:\d+)?: ", "", problem)
-    for word, flag in FLAG_NAMES.items():
-        problem = problem.replace(word, flag)
-    return re.sub(r"needs the parameter '(\w+)'(.*)", r"needs --param \1=VALUE", problem)
+    problem = problem.replace("base_model", "--base").replace("merge_method", "--method")
+    return re.sub(r"needs the parameter '(\w+)'.*", needs, problem)

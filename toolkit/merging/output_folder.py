@@ -75,7 +75,11 @@ class OutputFolder:
                 raise RunDirectoryError(
                     f"another merge is writing {self.path}", hint="wait for it, or choose another folder"
                 ) from None
-            if path.exists() and os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+            try:
+                is_there = os.stat(path).st_ino == os.fstat(descriptor).st_ino
+            except FileNotFoundError:
+                is_there = False
+            if is_there:
                 return descriptor
             os.close(descriptor)  # its holder has just removed it
 

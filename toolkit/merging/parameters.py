@@ -19,7 +19,16 @@ FISHER = Parameter("fisher", str, REQUIRED, per_model=True)
 # What mergekit takes and what is not needed here.
 NEEDLESS = {"int8_mask": "masks take no memory here"}
 EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
-WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+WORDS = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
 
 
 @functools.cache
@@ -43,9 +52,7 @@ def converted(value: Scalar, kind: type) -> Any:
     if kind is str:
         return str(value)
     if kind is bool:
-        word = (
-            WORDS.get(str(value).lower()) if isinstance(value, bool | str) else {0: False, 1: True}.get(value)
-        )
+        word = WORDS.get(str(value).lower())
         if word is not None:
             return word
     elif not isinstance(value, bool):

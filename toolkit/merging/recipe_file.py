@@ -184,7 +184,7 @@ class _Builder(NodeReader):
             )
         if short is not None:
             source = self.tokenizer_source(short)
-            return source and TokenizerRequest(source, {}, None, self.place(short))
+            return TokenizerRequest(source, {}, None, self.place(short)) if source else None
         if node is None:
             return None
         keys = self.keys(node, ("source", "tokens", "pad_to_multiple_of"), "tokenizer.")
@@ -196,9 +196,8 @@ class _Builder(NodeReader):
             self.problem(
                 keys["pad_to_multiple_of"], f"pad_to_multiple_of: {shown(multiple)} is not a number above 0"
             )
-        return source and TokenizerRequest(
-            source, {token: entry for token, entry in found.items() if entry}, multiple, self.place(node)
-        )
+        known = {token: entry for token, entry in found.items() if entry}
+        return TokenizerRequest(source, known, multiple, self.place(node)) if source else None
 
     def tokenizer_source(self, node: Node) -> str | ModelReference | None:
         if node.value in ("union", "base"):

@@ -32,7 +32,7 @@ BEHIND_THE_LAYERS = ("embed_out", "embedding_norm", "lm_head")
 
 NUMBERED = re.compile(r"(?:(.*?)\.)?([0-9]+)\.(.+)")
 
-Path = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Layers:
         return split[1], split[2]
 
 
-def _main_list(lists: Mapping[str, int], counts: Mapping[Path, int]) -> LayerList | None:
+def _main_list(lists: Mapping[str, int], counts: Mapping[KeyPath, int]) -> LayerList | None:
     """The list whose length the text model's configuration names, else the longest."""
     if not lists:
         return None
@@ -99,9 +99,9 @@ def _main_list(lists: Mapping[str, int], counts: Mapping[Path, int]) -> LayerLis
     return LayerList(best, lists[best])
 
 
-def counts_in(config: Mapping[str, Any]) -> dict[Path, int]:
+def counts_in(config: Mapping[str, Any]) -> dict[KeyPath, int]:
     """Every number of layers that a configuration names, by the path of its key."""
-    found: dict[Path, int] = {}
+    found: dict[KeyPath, int] = {}
     for key, value in config.items():
         if key in COUNT_KEYS and isinstance(value, int) and not isinstance(value, bool) and value > 0:
             found[(key,)] = value
@@ -110,9 +110,10 @@ def counts_in(config: Mapping[str, Any]) -> dict[Path, int]:
     return found
 
 
-def _by_importance(counts: Mapping[Path, int]) -> list[Path]:
-    def rank(path: Path) -> tuple[bool, int, int]:
-        return path[0] not in TEXT_CONFIGS and len(path) > 1, len(path), COUNT_KEYS.index(path[-1])
+def _by_importance(counts: Mapping[KeyPath, int]) -> list[KeyPath]:
+    def rank(path: KeyPath) -> tuple[bool, int, int]:
+        *above, key = path
+        return bool(above) and above[0] not in TEXT_CONFIGS, len(path), COUNT_KEYS.index(key)
 
     return sorted(counts, key=rank)
 
@@ -165,7 +166,7 @@ def _element(values: Any, layer: int, fallback: list[Any]) -> Any:
     return values[min(layer, len(values) - 1)]
 
 
-def _at(config: Any, path: Path) -> Any:
+def _at(config: Any, path: KeyPath) -> Any:
     for key in path:
         config = config.get(key, {}) if isinstance(config, Mapping) else {}
     return config
