@@ -105,7 +105,7 @@ def collect_grams(
     Raises:
         ModelError: no layer has one of the names.
 
-    Source: Jin et al. 2023, arXiv:2212.09849, section 3.3.
+    Source: Jin et al. 2023, arXiv:2212.09849.
     """
     layers = {
         f"{name}.weight": layer

@@ -59,7 +59,7 @@ def fisher(
 
 @merge_method(
     "from_optimizer",
-    paper="Mahdavi et al. 2025, OTA merging, arXiv:2509.11167, with the rule of arXiv:2111.09832",
+    paper="OTA merging, arXiv:2509.11167, with the rule of arXiv:2111.09832",
     parameters=FISHER_PARAMETERS,
     needs_fisher=True,
 )

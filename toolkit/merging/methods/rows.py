@@ -89,7 +89,7 @@ def per_model(values: Floats | Sequence[float], like_KRC: torch.Tensor) -> torch
 def agreeing(v_KRC: torch.Tensor) -> torch.Tensor:
     """[K, R, C] which elements have the sign of their sum over the models (+ for a sum of zero), as 0 or 1.
 
-    Source: the election of TIES, arXiv:2306.01708, section 4.
+    Source: the election of TIES, arXiv:2306.01708.
     """
     sign_RC = torch.where(v_KRC.sum(0) >= 0, 1.0, -1.0)
     return (v_KRC.sign() == sign_RC).to(v_KRC.dtype)
