@@ -34,7 +34,7 @@ def complete(tmp_path):
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_bash_completes_commands_recipes_options_and_choices(complete):
-    assert {"train", "data", "models", "completion"} <= complete('meldkit ""')
+    assert {"train", "merge", "fisher", "data", "models", "completion"} <= complete('meldkit ""')
     assert complete("meldkit train centr") == {"centralized-hf"}
     assert complete("meldkit train centralized-hf --load-in") == {"--load-in-4bit", "--load-in-8bit"}
     assert complete("meldkit train centralized-hf --no-pack") == {"--no-packing"}
@@ -48,6 +48,10 @@ def test_bash_completes_commands_recipes_options_and_choices(complete):
     assert complete("meldkit data samples co") == {"conversations"}
     assert complete("meldkit data samples intents --loc") == {"--locales"}
     assert complete("meldkit models --o") == {"--out"}
+    assert complete("meldkit merge --lora-m") == {"--lora-mode", "--lora-merge-cache", "--lora-merge-dtype"}
+    assert complete("meldkit merge --lora-mode s") == {"svd"}
+    assert complete("meldkit merge --no-copy") == {"--no-copy-tokenizer"}
+    assert complete("meldkit fisher --num-e") == {"--num-examples"}
     assert complete("meldkit models tiny") == {name for name in MODELS if name.startswith("tiny")} != set()
 
 

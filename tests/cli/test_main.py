@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_help_goes_to_stdout_and_nothing_else(meldkit):
-    for argv in (["--help"], ["train", "--help"], ["data", "--help"], ["train", "centralized-hf", "--help"]):
+    commands = (["train"], ["data"], ["train", "centralized-hf"], ["merge"], ["fisher"])
+    for argv in (["--help"], *([*command, "--help"] for command in commands)):
         result = meldkit(*argv)
         assert (result.returncode, result.stderr) == (0, "")
         assert result.stdout.startswith("usage: meldkit")
@@ -24,6 +25,7 @@ def test_help_goes_to_stdout_and_nothing_else(meldkit):
 def test_wrong_words_go_to_stderr_with_the_nearest(meldkit):
     for argv, message in (
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["marge"], "unknown command 'marge'; did you mean 'merge'?"),
         (["--verison"], "unknown option '--verison'"),
         (["train", "centralised-hf"], "unknown recipe 'centralised-hf'; did you mean 'centralized-hf'?"),
         (["data", "chek"], "unknown command 'chek'; did you mean 'check'?"),

@@ -29,6 +29,11 @@ RECIPE = ["train", "centralized-hf"]
         (["completion", "--help"], 0),
         (["completion", "bash"], 0),
         (["models", "--help"], 0),
+        (["merge"], 2),
+        (["merge", "--help"], 0),
+        (["merge", "recipe.yml"], 2),
+        (["merge", "recipe.yml", "out", "--verbos"], 2),
+        (["fisher", "--help"], 0),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -10,8 +10,8 @@ from toolkit.config.options import Options
 from toolkit.config.recipes import RECIPES
 from toolkit.config.schema import Option, options_of
 
-SOURCE_OPTIONS = {"data", "eval_data", "model", "tokenizer"}
-FOLDER_OPTIONS = {"output_dir", "out"}
+SOURCE_OPTIONS = {"data", "eval_data", "model", "tokenizer", "models", "base", "fisher"}
+FOLDER_OPTIONS = {"output_dir", "out", "adapter"}
 
 
 def script(shell: str) -> str:
@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     recipes = train.add_subparsers(dest="recipe")
     for name, config_class in RECIPES.items():
         _add_recipe(recipes.add_parser(name, help=(config_class.__doc__ or "").splitlines()[0]), config_class)
+    _add_merging(commands)
     data = commands.add_parser("data", help=COMMANDS["data"]).add_subparsers(dest="data_command")
     samples, options_of_data = _data_commands()
     for name, text in DATA_COMMANDS.items():
@@ -48,6 +49,17 @@ def parser() -> argparse.ArgumentParser:
     completion = commands.add_parser("completion", help=COMMANDS["completion"])
     completion.add_argument("shell", choices=list(SHELLS))
     return top
+
+
+def _add_merging(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from toolkit.config.fisher_command import FisherConfig
+    from toolkit.config.merge_command import MergeConfig
+
+    merge = commands.add_parser("merge", help=COMMANDS["merge"])
+    _completed(merge.add_argument("recipe", nargs="?", help="A recipe file."), shtab.FILE)
+    _completed(merge.add_argument("folder", nargs="?", help="The folder of the result."), shtab.DIRECTORY)
+    _add_options(merge, MergeConfig)
+    _add_options(commands.add_parser("fisher", help=COMMANDS["fisher"]), FisherConfig)
 
 
 def _completed(action: argparse.Action, how: object) -> None:
