@@ -2,8 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+
+from toolkit_kernels.philox import key_of, random_words
 
 # Results are float64 that has not been rounded; what torch computes in blocks is rounded to float32 once.
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
@@ -209,6 +212,30 @@ def test_breadcrumbs(merge, random_models, density, gamma, method, normalize) ->
     mean = sum(vectors) / (sum(W) if normalize else 1)
     mixed = mean if method == "breadcrumbs" else elected(vectors, W, normalize)
     torch.testing.assert_close(merged, base.double() + 0.5 * mixed, **EXACT)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_random_methods_by_their_random_words(merge, random_models, method, normalize, rescale) -> None:
+    models, base = random_models(dtype=torch.float64)
+    density, epsilon = [0.3, 0.6, 1.0], [0.1, 0.2, 0.5]
+    vectors = []
+    for k, (w, model) in enumerate(zip(W, models, strict=True)):
+        delta = model - base
+        p = torch.full(base.shape, density[k], dtype=torch.float64)
+        if method.startswith("della") and density[k] < 1:
+            ranks = delta.abs().argsort(dim=1).argsort(dim=1)
+            p = density[k] - epsilon[k] + 2 * epsilon[k] * ranks.double() / (base.shape[1] - 1)
+        words = random_words(key_of(3, "layer.weight"), k, 0, delta.numel()).astype(np.float64)
+        mask = torch.from_numpy(words).view(base.shape) / 2**32 < p
+        vectors.append(w * torch.where(mask, delta / p if rescale else delta, 0))
+    given = {"epsilon": epsilon} if method.startswith("della") else {}
+    given |= {"weight": W, "density": density, "normalize": normalize, "rescale": rescale, "lambda_": 0.6}
+    merged = merge(method, models, base, seed=3, **given)
+    mean = sum(vectors) / (sum(W) if normalize else 1)
+    mixed = elected(vectors, W, normalize) if method in ("della", "dare_ties") else mean
+    torch.testing.assert_close(merged, base + 0.6 * mixed, rtol=1e-9, atol=1e-10)
 
 
 def test_model_stock(merge, random_models) -> None:
