@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from toolkit.merging.methods.della import probabilities
 from toolkit_kernels.philox import key_of, random_words
 
 # Results are float64 that has not been rounded; what torch computes in blocks is rounded to float32 once.
@@ -236,6 +237,12 @@ def test_random_methods_by_their_random_words(merge, random_models, method, norm
     mean = sum(vectors) / (sum(W) if normalize else 1)
     mixed = elected(vectors, W, normalize) if method in ("della", "dare_ties") else mean
     torch.testing.assert_close(merged, base + 0.6 * mixed, rtol=1e-9, atol=1e-10)
+
+
+def test_della_ranks_equal_magnitudes_by_index() -> None:
+    row = torch.tensor([[2.0, -1.0, 1.0, -2.0, 0.5]], dtype=torch.float64)
+    expected = torch.tensor([[0.65, 0.35, 0.5, 0.8, 0.2]], dtype=torch.float64)
+    torch.testing.assert_close(probabilities(row, 0.5, 0.3), expected)
 
 
 def test_model_stock(merge, random_models) -> None:
