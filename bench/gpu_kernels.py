@@ -219,7 +219,7 @@ def sweep(models: Models, rounds: int) -> dict[str, dict[str, float]]:
             prepared = kernel_alone(pieces)
 
             def with_warps(prepared: Arm = prepared, warps: int = warps) -> None:
-                launch.NUM_WARPS = warps
+                launch.OPTIONS["num_warps"] = warps
                 prepared()
 
             arms[f"block {block}, {warps} warps"] = with_warps

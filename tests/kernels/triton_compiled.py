@@ -16,7 +16,7 @@ from toolkit_kernels import dispatch
 from toolkit_kernels.rules import Inputs, Piece, WeightedSum
 from toolkit_kernels.spans import Span
 from toolkit_kernels.triton_backend import elementwise, reductions, rows
-from toolkit_kernels.triton_backend.launch import NUM_WARPS
+from toolkit_kernels.triton_backend.launch import OPTIONS
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {"rows": "*i64", "chunks": "*i32", "counts": "*i64"}
@@ -26,8 +26,7 @@ def ptx(kernel, pointers, **constants) -> str:
     """The assembly of a kernel."""
     signature = {**pointers, **dict.fromkeys(constants, "constexpr")}
     source = triton.compiler.ASTSource(kernel, signature, constants)
-    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
-    return triton.compile(source, target=HOPPER, options=options).asm["ptx"]
+    return triton.compile(source, target=HOPPER, options=OPTIONS).asm["ptx"]
 
 
 def variant(rule: str, theta: str, num_models: int = 4, out: str = "bfloat16", **settings) -> rows.Variant:
@@ -69,7 +68,7 @@ def test_a_thread_reads_and_writes_16_bytes_at_once(theta, num_models):
     text = ptx(elementwise.apply_kernel, POINTERS, variant=wanted)
     wide_loads, wide_stores = (count(rf"\b{op}\.global\.v(?:4\.b32|2\.b64)", text) for op in ("ld", "st"))
     width = {"bfloat16": 8, "float16": 8, "float32": 4, "float64": 2}
-    per_thread = wanted.block // (32 * NUM_WARPS)
+    per_thread = wanted.block // (32 * OPTIONS["num_warps"])
     if num_models <= rows.UNROLLED:
         assert wide_loads == num_models * per_thread // width[theta]
     else:  # one model at a time, of any dtype

@@ -30,7 +30,8 @@ from toolkit_kernels.triton_backend.rows import HEAD, MODEL, UNROLLED, Variant
 
 # Elements of a program: 16 a thread where a thread keeps one sum for each of them, 8 where it keeps several.
 BLOCKS = {"WeightedSum": 2048, "FisherMean": 1024, "Consensus": 1024, "NearSwap": 1024}
-NUM_WARPS = 4
+# A product and a sum stay two operations, each rounded, as on a CPU.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 EVERYTHING = Threshold(-1, -1)  # the set of all elements
 ALL_WORDS = 1 << 32  # every random word is below
@@ -51,8 +52,8 @@ class Launch:
 
 
 def launch(kernel: Any, num_programs: int, *arguments: object) -> None:
-    """Queue a kernel in the current stream; products and sums stay apart, each rounded, as on a CPU."""
-    kernel[(num_programs,)](*arguments, num_warps=NUM_WARPS, enable_fp_fusion=False)
+    """Queue a kernel in the current stream."""
+    kernel[(num_programs,)](*arguments, **OPTIONS)
 
 
 def prepare(pieces: Sequence[Piece], device: torch.device) -> list[Launch]:
