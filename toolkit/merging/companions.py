@@ -297,6 +297,3 @@ def _allowed(origin: Path) -> list[Path]:
     if own.parent.name == "snapshots":
         return [own, own.parent.parent / "blobs"]
     return [own]
-
-
-_copy = copy_file

@@ -100,7 +100,7 @@ def test_every_flag_of_mergekit_is_accepted(flag):
 @pytest.mark.parametrize("name", [name for name in NEEDLESS if name != "gpu_rich"])
 def test_a_flag_without_effect_gets_one_note(name):
     value = {"write_threads": 2, "lora_merge_cache": "c", "lora_merge_dtype": "x"}.get(name, True)
-    notes = flag_notes(MergeConfig(out="o", **{name: value}), {name})  # type: ignore[arg-type]
+    notes = flag_notes(MergeConfig(out="o", **{name: value}), {name})
     assert len(notes) == 1
     assert notes[0].startswith(f"--{name.replace('_', '-')} has no effect: ")
 
@@ -336,7 +336,7 @@ class Pipe:
 def test_progress_without_a_terminal_is_a_line_now_and_then():
     now = [0.0]
     pipe = Pipe()
-    with MergeProgress(a_plan(100), quiet=False, stream=pipe, clock=lambda: now[0]) as progress:  # type: ignore[arg-type]
+    with MergeProgress(a_plan(100), quiet=False, stream=pipe, clock=lambda: now[0]) as progress:
         for second in range(26):
             now[0] = float(second)
             progress.update(second * 4_000_000)
@@ -348,7 +348,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then():
 
 def test_a_resumed_merge_does_not_count_what_was_done_before():
     now = [0.0]
-    progress = MergeProgress(a_plan(100), quiet=False, stream=Pipe(), clock=lambda: now[0])  # type: ignore[arg-type]
+    progress = MergeProgress(a_plan(100), quiet=False, stream=Pipe(), clock=lambda: now[0])
     progress.update(90_000_000)
     assert progress.text(95_000_000, 5.0).endswith("0:05 left")
 

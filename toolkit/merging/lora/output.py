@@ -11,8 +11,7 @@ from typing import Any
 
 from toolkit import durable
 from toolkit.errors import ConfigError
-from toolkit.merging.companions import TOKENIZER_FILES
-from toolkit.merging.companions import _copy as copy_file
+from toolkit.merging.companions import TOKENIZER_FILES, copy_file
 from toolkit.merging.folder_source import FolderSource
 from toolkit.merging.lora import adapter_file, residual
 from toolkit.merging.lora.adapter import Adapter

@@ -11,8 +11,7 @@ import numpy as np
 
 from toolkit import durable
 from toolkit.errors import ModelError
-from toolkit.merging.companions import OTHER_FILES, TOKENIZER_FILES
-from toolkit.merging.companions import _copy as copy_file
+from toolkit.merging.companions import OTHER_FILES, TOKENIZER_FILES, copy_file
 from toolkit.merging.engine import EngineOptions, execute
 from toolkit.merging.lora import adapter_config
 from toolkit.merging.lora.adapter_source import AdaptedSource
