@@ -280,3 +280,28 @@ def test_adapters_that_do_not_fit_together():
         first[f"base_model.model.{name}"], second[f"base_model.model.{name}"] = torch.zeros(2, IN), other
         with pytest.raises(ModelError, match=r"score\.weight"):
             merge_adapter_states([first, second], [ONE[1]])
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_proj",
+        "layers.1",
+        "1.q_proj",
+        r".*\.1\..*",
+        "^model.layers.0",
+        "model.layers.0.q_proj",
+        "0.q_proj|10.q_proj",
+    ],
+)
+def test_patterns_match_as_in_peft(pattern):
+    from peft.utils.other import get_pattern_key
+
+    ranks = {name: 3 if get_pattern_key([pattern, ".*down_proj"], name) == pattern else 4 for name in MODULES}
+    ranks[MODULES[2]] = 6 if ranks[MODULES[2]] == 4 else 3
+    state, config = make(1, ranks)
+    config |= {"r": 4, "rank_pattern": {pattern: 3, ".*down_proj": 6}, "alpha_pattern": {pattern: 7}}
+    merged = merge_adapter_states([state], [config], None, "factors")
+    for name in MODULES:
+        assert scale_in_peft(merged.config, name) == scale_in_peft(config, name)
+        np.testing.assert_array_equal(delta(merged.state(), merged.config, name), delta(state, config, name))

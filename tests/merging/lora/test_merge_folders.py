@@ -115,9 +115,11 @@ def test_a_classifiers_head_is_the_mean(bases, make_adapter, logits, with_adapte
     name = "base_model.model.classifier.out_proj.weight"
     assert torch.equal(merged[name], (0.75 * first[name].double() + 0.25 * second[name].double()).float())
     assert merged.keys() == first.keys()
+    again = merge_adapters(folders, [3, 1], tmp_path / "sum", "concat", normalize=False)  # a head has no sum
+    assert torch.equal(load_file(again.adapter_folder / "adapter_model.safetensors")[name], merged[name])
     assert logits(with_adapter(bases["xlm-r"], report.adapter_folder, num_labels=3)).shape == (2, 3)
+    other = make_adapter(bases["xlm-r"], 3, num_labels=4, **options)
     with pytest.raises(ModelError, match=r"classifier\.out_proj\.\w+ has the shape"):
-        other = make_adapter(bases["xlm-r"], 3, num_labels=4, **options)
         merge_adapters([folders[0], other], None, tmp_path / "none", "svd")
     plain = make_adapter(bases["xlm-r"], 3, **options, modules_to_save=[])
     shutil.copy(folders[0] / "adapter_config.json", plain / "adapter_config.json")

@@ -113,6 +113,12 @@ def averaged(stack: Stack, weights: Sequence[float], scale: float) -> Factors:
 def rounding_error(factors: Factors, b: Array, a: Array) -> float:
     """||B~ A~ - B A||_F of the stored factors: (B~ - B) A~ + B (A~ - A), whose terms lose nothing to cancellation."""
     stored_a = a.float64()
-    left = np.concatenate([b.float64() - factors.b, factors.b], axis=1)
-    right = np.concatenate([stored_a, stored_a - factors.a])
+    in_b, in_a = b.float64() - factors.b, stored_a - factors.a
+    pairs = [(in_b, stored_a)] if in_b.any() else []
+    if in_a.any():
+        pairs.append((factors.b, in_a))
+    if not pairs:
+        return 0.0
+    left = np.concatenate([pair[0] for pair in pairs], axis=1)
+    right = np.concatenate([pair[1] for pair in pairs])
     return float(np.sqrt(max(np.sum((left.T @ left) * (right @ right.T)), 0.0)))
