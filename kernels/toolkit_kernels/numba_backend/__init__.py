@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from toolkit_kernels.numba_backend import objects
 from toolkit_kernels.rules import (
-    BLOCK,
     NOTHING,
     Consensus,
     FisherMean,
@@ -33,7 +32,8 @@ from toolkit_kernels.rules import (
 from toolkit_kernels.spans import Span
 
 _NUM_UPPER, _NUM_LOWER = 1 << 15, 1 << 16
-_STRIP_ITEMS = 512 + 24
+# An eighth of bits.FLOAT64_STRIP and of bits.FLOAT64_BLOCK; importing bits would import numba.
+_STRIP_ITEMS, _BLOCK_ITEMS = 512 + 24, 1024 + 24
 _MAX_COUNTED = 1 << 31  # elements at a time, so that counts of 32 bits cannot overflow
 _MANY = 1 << 16  # elements from which on several lanes of counts are worth their zeroing
 _ALL, _NO_WORD = Threshold(0, 1 << 62), -1
@@ -122,7 +122,7 @@ class NumbaBackend:
         spans, base = _table(inputs.theta), _base_table(inputs)
         num_models = len(inputs.theta)
         rows, columns = np.triu_indices(num_models)
-        work = np.empty((num_models + 1) * (BLOCK + 24))
+        work = np.empty((num_models + 1) * _BLOCK_ITEMS)
         levels = np.zeros((64, len(rows)))
         compute = objects.load("reductions", "gram", 6)
         compute(_address(spans), _address(base), num_models, _address(work), _address(levels), inputs.size)

@@ -1,7 +1,8 @@
 """Elements of any dtype at any address, in and out of float64: what the kernels of this package are made of.
 
 Nothing needs to be aligned. Addresses come as int64, in tables; memory that is read or written in loops is at a
-pointer, so that LLVM sees that scratch memory is nobody else's. The functions become part of the kernels that call them.
+pointer, so that LLVM sees that scratch memory is nobody else's. The functions become part of the kernels that call
+them.
 """
 
 from typing import Any
@@ -19,6 +20,9 @@ STRIP = 512
 # Bytes of a strip's scratch memory. The three cache lines more keep strips apart in the sets of the first cache: at a
 # distance of 4096 bytes, a dozen of them would evict one another.
 FLOAT64_STRIP = 8 * STRIP + 192
+# rules.BLOCK, and the same of it.
+BLOCK = 1024
+FLOAT64_BLOCK = 8 * BLOCK + 192
 UINT32_STRIP = 4 * STRIP + 192
 
 _features = llvm.get_host_cpu_features()
@@ -27,7 +31,9 @@ HAS_FLOAT16_INSTRUCTIONS = bool(_features.get("f16c") or _features.get("neon"))
 
 # Of Any: what these make are called with other arguments than their definitions have.
 intrinsic: Any = numba.extending.intrinsic
+# Compiled into each caller, or once and called.
 inlined: Any = njit(forceinline=True, boundscheck=False, error_model="numpy")
+shared: Any = njit(boundscheck=False, error_model="numpy")
 
 _INT8, _INT32, _INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _FLOAT, _DOUBLE = ir.FloatType(), ir.DoubleType()
@@ -53,7 +59,7 @@ def _loader(element):
     @intrinsic
     def load(typing_context, place, i):
         def generate(context, builder, signature, arguments):
-            return builder.load(_at(builder, place, *arguments, machine_type), align=1)
+            return builder.load(_at(builder, place, arguments[0], arguments[1], machine_type), align=1)
 
         return element(place, types.int64), generate
 
@@ -81,7 +87,7 @@ def pointer(typing_context, address, num_bytes):
     """A pointer to ``num_bytes`` behind an address or another pointer."""
 
     def generate(context, builder, signature, arguments):
-        return _at(builder, address, *arguments, _INT8)
+        return _at(builder, address, arguments[0], arguments[1], _INT8)
 
     return types.voidptr(address, types.int64), generate
 
@@ -248,7 +254,7 @@ def item_size(code):
     return 2 if code <= BFLOAT16 else (4 if code == FLOAT32 else 8)
 
 
-@inlined
+@shared
 def as_float32(code, address, n, buffer):
     """Where the n elements at the address, not of float64, lie as float32: there, or in the buffer."""
     if code == FLOAT32:
@@ -262,7 +268,7 @@ def as_float32(code, address, n, buffer):
     return buffer
 
 
-@inlined
+@shared
 def as_float64(code, address, n, buffer):
     """The n elements at the address as float64 in the buffer, whose address is returned."""
     if code == BFLOAT16:
@@ -280,7 +286,7 @@ def as_float64(code, address, n, buffer):
     return buffer
 
 
-@inlined
+@shared
 def _write_bfloat16(address, n, source):
     """The largest magnitude, as bits of float32; NaN and what becomes infinite are wrong if there are any."""
     largest = np.uint32(0)
@@ -292,7 +298,7 @@ def _write_bfloat16(address, n, source):
     return largest
 
 
-@inlined
+@shared
 def _write_float16(address, n, source):
     largest = np.uint32(0)
     for i in range(n):
@@ -302,7 +308,7 @@ def _write_float16(address, n, source):
     return largest
 
 
-@inlined
+@shared
 def _write_float32(address, n, source):
     largest = np.uint32(0)
     for i in range(n):
@@ -312,7 +318,7 @@ def _write_float32(address, n, source):
     return largest
 
 
-@inlined
+@shared
 def _mend(code, address, n, source):
     """Write the one quiet NaN of the dtype for every NaN; how many elements are NaN or infinite."""
     num_bad = 0
@@ -328,11 +334,13 @@ def _mend(code, address, n, source):
                 store_uint16(address, i, np.uint16(0x7E00))
             num_bad += (load_uint16(address, i) & np.uint16(0x7C00)) == np.uint16(0x7C00)
         else:
+            if is_nan:
+                store_float32(address, i, np.float32(np.nan))
             num_bad += is_nan or abs(load_float32(address, i)) == np.float32(np.inf)
     return num_bad
 
 
-@inlined
+@shared
 def write_strip(code, address, n, source):
     """Round n float64 of the scratch ``source`` to float32 and from there to the dtype, each to nearest even.
 

@@ -27,6 +27,7 @@ from toolkit_kernels.numba_backend.bits import (
     magnitude_bits,
     pointer,
     scratch,
+    shared,
     store_float64,
     store_uint32,
     write_strip,
@@ -51,7 +52,7 @@ def _last_in_strip(last, start):
     return np.int32(min(max(last - start, -1), STRIP))
 
 
-@inlined
+@shared
 def _draw(row, start, n, random):
     """A random word for each element of a strip that begins at ``start``, a multiple of 4; zero where none is asked."""
     if load_int64(row, IS_RANDOM) != 0:
@@ -63,7 +64,7 @@ def _draw(row, start, n, random):
 
 
 def _value_maker(element, base_element, difference):
-    @inlined
+    @shared
     def make_values(row, start, n, weight, rescale, theta, base, random, values):
         """values = weight * (rescale * (theta - base)) where it stays, else zero."""
         if load_int64(row, IS_MASKED) == 0:
@@ -90,7 +91,7 @@ def _value_maker(element, base_element, difference):
     return make_values
 
 
-@inlined
+@shared
 def _add_values(values, num_models, n, total):
     """total = sum_k v_k, from +0.0 on; four at a time in registers."""
     for i in range(n):
@@ -115,7 +116,7 @@ def _agrees(value, sign):
     return (value > 0.0) if sign >= 0.0 else (value < 0.0)
 
 
-@inlined
+@shared
 def _add_elected(values, weights, num_models, n, sign, total, divisor):
     """Sums of the v_k, and of their weights, that have the sign of ``sign`` (that of zero is +)."""
     for i in range(n):

@@ -24,6 +24,7 @@ from toolkit_kernels.numba_backend.bits import (
     load_int64,
     pointer,
     scratch,
+    shared,
     store_float64,
     write_strip,
 )
@@ -48,7 +49,7 @@ def _place(spans, num_models, k, start):
 
 
 def _adder(element):
-    @inlined
+    @shared
     def add(is_first, many, a, b, c, d, weights, total, n):
         """total = or += the weighted sum of the first ``many`` of four models, in their order."""
         w0, w1 = load_float64(weights, 0), load_float64(weights, 1)
@@ -89,7 +90,7 @@ def _all_bfloat16(codes, many):
 
 
 def _models_adder(as_lane, add_lanes, add_bfloat16):
-    @inlined
+    @shared
     def add_models(spans, num_models, weights, start, n, total, buffers):
         """total = sum_k weights_k theta_k over n elements from ``start``, in the order of k."""
         k = 0
@@ -145,7 +146,7 @@ def _fisher_adder(element, certainty_element):
         f = certainty_element(fisher, i)
         return weight * (floor if f < floor else f)
 
-    @inlined
+    @shared
     def add(many, a, b, c, d, e, f, g, h, weights, floors, numerator, denominator, n):
         """Add w f theta and w f of the first ``many`` of the models a to d with the Fisher information e to h."""
         w0, w1 = load_float64(weights, 0), load_float64(weights, 1)
@@ -181,7 +182,7 @@ def _fisher_mean(as_lane, add_lanes, add_bfloat16, add_models):
         buffer = pointer(buffers, number * FLOAT64_STRIP)
         return as_lane(load_int64(spans, num_models + k), _place(spans, num_models, k, start), n, buffer)
 
-    @inlined
+    @shared
     def add_group(spans, fishers, num_models, k, many, parameters, start, n, numerator, denominator, buffers):
         weights, floors = parameters + 8 * k, parameters + 8 * (num_models + k)
         k1, k2, k3 = k + (many > 1), k + 2 * (many > 2), k + 3 * (many > 2)

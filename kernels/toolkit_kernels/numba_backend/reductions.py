@@ -3,6 +3,8 @@
 import numpy as np
 
 from toolkit_kernels.numba_backend.bits import (
+    BLOCK,
+    FLOAT64_BLOCK,
     FLOAT64_STRIP,
     STRIP,
     UINT32_STRIP,
@@ -18,13 +20,12 @@ from toolkit_kernels.numba_backend.bits import (
     magnitude_bits,
     pointer,
     scratch,
+    shared,
     store_float64,
     store_int64,
     store_uint32,
 )
 
-BLOCK = 1024  # rules.BLOCK
-BLOCK_BYTES = 8 * BLOCK + 192
 NUM_UPPER, NUM_LOWER = 1 << 15, 1 << 16
 GROUP = 32  # elements that are looked at together for one that matches
 
@@ -55,7 +56,7 @@ def _pair(sums, i):
     return load_float64(sums, i) + load_float64(sums, i + 4)
 
 
-@inlined
+@shared
 def _block_sum(x, y, sums):
     """The tree sum of x * y over a block. The first four of its ten levels stay in registers."""
     for i in range(64):
@@ -70,11 +71,13 @@ def _block_sum(x, y, sums):
 
 
 def gram(spans, bases, num_models, work, out, size):
-    """``work``: room for K + 1 blocks of BLOCK_BYTES. ``out``: [64, K * (K + 1) / 2] float64; row 0 becomes the sums of
-    the pairs (0, 0), (0, 1), ..., (1, 1), ...; before, row l holds the sums of 2^l blocks that wait for a neighbour.
+    """``work``: room for K + 1 blocks of FLOAT64_BLOCK bytes. ``out``: [64, K * (K + 1) / 2] float64.
+
+    Row 0 of ``out`` becomes the sums of the pairs (0, 0), (0, 1), ..., (1, 1), ...; before, row l holds the sums of 2^l
+    blocks that wait for a neighbour.
     """
     sums = scratch(512)
-    base = pointer(work, BLOCK_BYTES * num_models)
+    base = pointer(work, FLOAT64_BLOCK * num_models)
     base_address, base_code = load_int64(bases, 0), load_int64(bases, 1)
     num_pairs = num_models * (num_models + 1) // 2
     num_blocks = (size + BLOCK - 1) // BLOCK
@@ -84,7 +87,7 @@ def gram(spans, bases, num_models, work, out, size):
         if base_address != 0:
             as_float64(base_code, pointer(base_address, start * item_size(base_code)), n, base)
         for k in range(num_models):
-            strip = pointer(work, BLOCK_BYTES * k)
+            strip = pointer(work, FLOAT64_BLOCK * k)
             code = load_int64(spans, num_models + k)
             as_float64(code, pointer(load_int64(spans, k), start * item_size(code)), n, strip)
             if base_address != 0:
@@ -95,7 +98,7 @@ def gram(spans, bases, num_models, work, out, size):
         pair = 0
         for k in range(num_models):
             for j in range(k, num_models):
-                total = _block_sum(pointer(work, BLOCK_BYTES * k), pointer(work, BLOCK_BYTES * j), sums)
+                total = _block_sum(pointer(work, FLOAT64_BLOCK * k), pointer(work, FLOAT64_BLOCK * j), sums)
                 level = 0
                 while (block >> level) & 1:
                     total = load_float64(out, level * num_pairs + pair) + total
@@ -124,7 +127,7 @@ def _increment(counts, i):
     store_uint32(counts, i, np.uint32(load_uint32(counts, i) + np.uint32(1)))
 
 
-@inlined
+@shared
 def _count_upper(bits, n, counts, lane):
     """Neighbours that fall into one bin would wait for one another: each of four counts in its lane."""
     for quarter in range(n // 4):
@@ -145,7 +148,7 @@ def _num_with_prefix(bits, start, n, prefix):
     return number
 
 
-@inlined
+@shared
 def _count_lower(bits, n, prefix, counts, num_lanes):
     for group in range(0, n, GROUP):
         many = min(GROUP, n - group)
@@ -168,7 +171,7 @@ def _magnitude_reader(as_lane, difference):
             store_float64(buffer, i, 0.0)
         return buffer
 
-    @inlined
+    @shared
     def read_magnitudes(spans, num_models, k, base, start, n, buffer, bits):
         """Bit patterns of |theta_k - base| as float32."""
         code = load_int64(spans, num_models + k)
