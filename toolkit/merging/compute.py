@@ -13,7 +13,7 @@ from toolkit.merging.plan import OutputTensor, tensor_readers
 from toolkit.merging.safetensors_file import CARRIER
 from toolkit_kernels import sums
 from toolkit_kernels.backend import Backend
-from toolkit_kernels.rules import Consensus, FisherMean, Inputs, Piece, Rule, WeightedSum
+from toolkit_kernels.rules import Consensus, FisherMean, Inputs, Keep, Piece, Rule, WeightedSum
 from toolkit_kernels.spans import CODES, ITEMSIZES, Span
 
 ONE = WeightedSum(np.ones(1))
@@ -68,6 +68,7 @@ class Findings:
         elif known[1] != lowest or known[2] != highest or known[0] != rule:
             if known[0] != rule or len(known[1]) != len(lowest):
                 known[0], known[1], known[2] = "several", [], []
+                return
             known[1] = [min(pair) for pair in zip(known[1], lowest, strict=True)]
             known[2] = [max(pair) for pair in zip(known[2], highest, strict=True)]
 
@@ -165,8 +166,7 @@ class Computer:
         pieces = [prepared.piece(start, out) for prepared, start, out in parts]
         counts = self.backend.apply(pieces)
         for (prepared, start, out), piece, count in zip(parts, pieces, counts.tolist(), strict=True):
-            if not isinstance(piece.rule, WeightedSum):  # what masks, signs and maxima may hide
-                count += self._hidden(piece)
+            count += self._num_hidden(piece)
             if count:
                 self._judge(prepared, piece.inputs, start, out, findings)
 
@@ -178,10 +178,14 @@ class Computer:
             self._report(tensor, [(reader, _num_non_finite(span))], findings)
         return as_bytes(span)
 
-    def _hidden(self, piece: Piece) -> int:
-        inputs = piece.inputs
-        count = int(np.sum(self.backend.non_finite(Inputs(inputs.theta, inputs.base))))
-        return count + (int(np.sum(self.backend.non_finite(Inputs(inputs.fisher)))) if inputs.fisher else 0)
+    def _num_hidden(self, piece: Piece) -> int:
+        """How many elements of the inputs are NaN or infinite where that need not show in the result."""
+        rule, inputs = piece.rule, piece.inputs
+        if isinstance(rule, FisherMean):  # max(NaN, floor) may be the floor
+            return int(np.sum(self.backend.non_finite(Inputs(inputs.fisher))))
+        if isinstance(rule, Consensus) and (rule.elect or any(_may_drop(keep) for keep in rule.keep)):
+            return int(np.sum(self.backend.non_finite(Inputs(inputs.theta, inputs.base))))
+        return 0
 
     def _judge(self, prepared: Prepared, inputs: Inputs, start: int, out: Span, findings: Findings) -> None:
         """The slow look at a piece with something that is not finite in it: where does it come from?"""
@@ -234,6 +238,10 @@ class Computer:
             )
         for where, count in guilty:
             findings.non_finite[where] = findings.non_finite.get(where, 0) + count
+
+
+def _may_drop(keep: Keep) -> bool:
+    return keep.among is not None or keep.outside is not None or keep.probability is not None
 
 
 def is_copied(tensor: OutputTensor) -> bool:

@@ -11,10 +11,10 @@ from math import prod
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from toolkit_kernels.philox import key_of
 
 from toolkit_kernels import sums
 from toolkit_kernels.backend import Backend
+from toolkit_kernels.philox import key_of
 from toolkit_kernels.rules import BLOCK, Floats, Inputs, Threshold
 from toolkit_kernels.spans import Span
 

@@ -48,11 +48,10 @@ def verify(
     """
     paths = [folder / shard.name for shard in layout.shards]
     sha256 = dict(zip([path.name for path in paths], pool.map(_digest_from_disk, paths), strict=True))
-    files = [WeightsFile(path) for path in paths]
-    for file, shard in zip(files, layout.shards, strict=True):
-        if _head(file.path, len(shard.header)) != shard.header or file.num_bytes != shard.num_bytes:
-            raise MergeError(f"{file.path} has not the header that was written")
-    written = _Written(files)
+    for path, shard in zip(paths, layout.shards, strict=True):
+        if _head(path, len(shard.header)) != shard.header or path.stat().st_size != shard.num_bytes:
+            raise MergeError(f"{path} has not the header or the size that was written")
+    written = _Written([WeightsFile(path) for path in paths])
     if not computer.keeps:
         pool.map(lambda place: written.refuse_non_finite(place, computer, check), layout.places)
     second = _second_backend(computer)

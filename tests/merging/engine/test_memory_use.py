@@ -55,5 +55,7 @@ def test_peak_of_anonymous_memory(tmp_path) -> None:
     assert result.returncode == 0, result.stderr
     grown, peak = map(int, result.stdout.split())
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 150_000_000
-    assert grown < 16 << 20  # of 600 MB of inputs: a buffer of 1 MB for each of two threads, and what Python takes
+    assert (
+        grown < 16 << 20
+    )  # of 600 MB of inputs: a buffer of 1 MB for each of two threads, and what Python takes
     assert peak < 300 << 20

@@ -14,6 +14,7 @@ import pytest
 from toolkit.errors import Interrupted, MergeError
 from toolkit.merging.engine import EngineOptions, execute
 from toolkit.merging.progress_file import PROGRESS_NAME
+from toolkit.merging.safetensors_file import read_header
 from toolkit_kernels.rules import WeightedSum
 
 RECORD_ALL = EngineOptions(record_seconds=0)
@@ -65,7 +66,7 @@ def test_a_stopped_merge_goes_on(tmp_path, models, plan_of, stopped, after, max_
     options = replace(RESUME, max_shard_bytes=max_shard_bytes, on_progress=seen.append, num_threads=3)
     report = execute(plan, out, options)
     assert report.resumed
-    assert len(computed) < 48
+    assert len(computed) < 47  # one has no elements
     assert seen[-1] == report.bytes_written
     assert content(out) == content(tmp_path / "whole")
     assert report.groups[0]["effective_weights"] == [1 / 3] * 3
@@ -242,20 +243,15 @@ def test_a_bit_that_flipped_on_its_way_is_found(tmp_path, models, plan_of, where
             return
         (staged,) = staging_folders(tmp_path)
         path = staged / "model.safetensors"
-        start = 20
-        if where != "header":
-            from toolkit.merging.safetensors_file import read_header
-
-            start = read_header(path).entries[where].start
+        content = path.read_bytes()
+        start = content.index(b"small.9") if where == "header" else read_header(path).entries[where].start
         with open(path, "r+b") as stream:
             stream.seek(start)
             byte = stream.read(1)
             stream.seek(start)
             stream.write(bytes([byte[0] ^ 2]))
 
-    with pytest.raises(
-        MergeError if where != "header" else Exception, match=where if where != "header" else "safetensors"
-    ):
+    with pytest.raises(MergeError, match=where):
         execute(plan_of(models), tmp_path / "out", EngineOptions(verify=True, on_progress=flip))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model-0", "model-1", "model-2"]
 
