@@ -279,3 +279,24 @@ assert not {"torch", "peft", "transformers"} & set(sys.modules)
     result = set_peft_model_state_dict(model, merged.state())
     assert not result.unexpected_keys
     assert not [key for key in result.missing_keys if "lora" in key]
+
+
+@pytest.mark.faults
+def test_a_merge_killed_before_its_commit_leaves_nothing_under_its_name(bases, make_adapter, tmp_path):
+    folders = [make_adapter(bases["llama"], seed) for seed in (1, 2)]
+    code = """
+import os, sys
+from pathlib import Path
+from toolkit.merging.lora import merge_adapters
+*folders, base, out = map(Path, sys.argv[1:])
+os.rename = lambda source, target: os._exit(9) if Path(target) == out else os.replace(source, target)
+merge_adapters(folders, None, out, "residual", base=base)
+"""
+    out = tmp_path / "made" / "out"
+    command = [sys.executable, "-c", code, *folders, bases["llama"], out]
+    assert subprocess.run(command, check=False, timeout=120).returncode == 9
+    assert not out.exists()
+    assert any(path.name.startswith(".staging-") for path in out.parent.iterdir())
+    report = merge_adapters(folders, None, out, "residual", base=bases["llama"])
+    assert report.model_folder is not None
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
