@@ -22,8 +22,8 @@ from toolkit_kernels.rules import (
 from toolkit_kernels.spans import CARRIERS, CODES, ITEMSIZES, Span
 
 FLOATS = tuple(CODES)
-# The last one is several chunks of the torch backend, whatever the number of models, and a tail.
-SIZES = (0, 1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 777, 4 * BLOCK + 3, 33 * BLOCK + 7)
+# The last one is more than one chunk of the torch backend, whatever the number of models, and a tail.
+SIZES = (0, 1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 777, 4 * BLOCK + 3, 17 * BLOCK + 7)
 # All models alike, or each another; the second is the output.
 MIXES = (
     (("bfloat16",), "bfloat16"),

