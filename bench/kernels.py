@@ -3,7 +3,7 @@
     python bench/kernels.py [--out bench/results/kernels.json] [--num-elements 64Mi] [--threads 2] [--compile]
 
 Each subject moves the bytes that its formula needs at least: every input read once, the output written once. It is
-compared with the faster of torch's copy_ and numpy's copyto in the same run. The order is forwards and backwards in turn;
+compared with the faster of torch's copy_ and numpy's copyto in the same run. The order is forwards, then backwards;
 reported are medians. Peers: the weighted sum in eager bf16, in eager fp32, and by torch.compile's C++ (--compile; needs
 g++); the Fisher mean by torch.stack in fp32.
 """
