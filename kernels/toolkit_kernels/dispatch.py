@@ -13,7 +13,7 @@ MODULES = {
     "torch": "toolkit_kernels.torch_backend",
     "reference": "toolkit_kernels.reference",
 }
-NEEDS = {"triton": "triton", "numba": "numba", "torch": "torch", "reference": "torch"}
+NEEDS = {"triton": "triton", "numba": "numba", "torch": "torch", "reference": "numpy"}
 
 
 def available(device: str = "cpu") -> list[str]:

@@ -117,7 +117,7 @@ class Consensus:
     Without ``elect``: m = sum_k v_k; with ``normalize`` divided by sum_k weights_k.
     With ``elect`` (TIES, arXiv:2306.01708): s = +1 if sum_k v_k >= 0 else -1; m = sum of the v_k with sign(v_k) = s;
     with ``normalize`` divided by the sum of the weights of those k.
-    A divisor of zero counts as one. Sums start at +0.0 and add +0.0 for what is left out.
+    A sum that is NaN elects -1. A divisor of zero counts as one. Sums start at +0.0 and add +0.0 for what is left out.
     """
 
     weights: Floats
@@ -129,7 +129,10 @@ class Consensus:
 
 @dataclass(frozen=True, slots=True)
 class NearSwap:
-    """out = theta_0 + w * (theta_1 - theta_0) with w = min(1, t / |theta_1 - theta_0|), and 1 where they are equal."""
+    """out = theta_0 + w * (theta_1 - theta_0) with w = min(1, t / |theta_1 - theta_0|), and 1 where they are equal.
+
+    theta_0 is the base of the inputs, theta_1 their only model.
+    """
 
     t: float
 

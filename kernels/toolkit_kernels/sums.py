@@ -18,7 +18,7 @@ def tree_sum(terms: Sequence[Floats]) -> Floats:
     """Add neighbours, again and again, filled up with zeros to a power of two: the same for any number of threads."""
     while len(terms) > 1:
         pairs = [a + b for a, b in zip(terms[0::2], terms[1::2], strict=False)]
-        terms = [*pairs, *terms[2 * len(pairs) :]]  # an odd one is added to zero
+        terms = [*pairs, *terms[2 * len(pairs) :]]  # an odd one is added to a zero that is not there
     return terms[0]
 
 
