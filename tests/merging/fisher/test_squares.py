@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from toolkit.merging.fisher import squares
+from toolkit.merging.fisher import compiled, squares
 from toolkit.merging.fisher.squares import Lookups, Products, Scratch
 
 
@@ -25,6 +25,12 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def check(fisher: torch.Tensor, expected: torch.Tensor, relative: float = 2e-6) -> None:
     assert (fisher - expected).norm() <= relative * expected.norm()
     torch.testing.assert_close(fisher.double(), expected, rtol=1e-4, atol=1e-6 * expected.max().item())
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "torch"], autouse=True)
+def way(request, monkeypatch) -> None:
+    """Every test with and without the compiled loop."""
+    monkeypatch.setattr(squares, "IS_COMPILED", request.param)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 40])
@@ -77,6 +83,17 @@ def test_tokens_without_gradient_are_left_out(spans, transposed) -> None:
     check(fisher, reference(products.grad_BTO, products.input_BTI, lookups))
 
 
+@pytest.mark.parametrize("num_outputs", [1, 3, 4, 5, 257])
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_any_number_of_rows_and_threads(num_outputs, num_threads, monkeypatch) -> None:
+    monkeypatch.setattr(compiled, "MIN_PRODUCTS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    grad, value = random(3, 9, num_outputs), random(3, 9, 17, seed=1)
+    fisher = torch.zeros(num_outputs, 17)
+    squares.add_product_squares(fisher, Products(grad, value), Scratch())
+    check(fisher, reference(grad, value))
+
+
 def test_lookups() -> None:
     ids = torch.tensor([[3, 1, 3, -1], [0, 3, 3, 3]])
     grad = random(2, 4, 5)
@@ -99,10 +116,9 @@ def test_the_way_of_accelerators_gives_the_same(num_tokens, monkeypatch) -> None
     """Large products for all examples at once run on any device; several blocks, the last one smaller."""
     monkeypatch.setattr(squares, "DEVICE_NUM_ELEMENTS", 3 * 9 * 5)
     grad, value = random(3, num_tokens, 12), random(3, num_tokens, 9, seed=1)
-    for lookups in (None, Lookups(torch.tensor([[1, -1], [2, 2], [11, 0]]), random(3, 2, 9, seed=2))):
-        fisher = torch.zeros(12, 9)
-        squares._add_in_batches(fisher, Products(grad, value), Scratch(), lookups)
-        check(fisher, reference(grad, value, lookups))
+    fisher = torch.zeros(12, 9)
+    squares._add_in_batches(fisher, Products(grad, value), Scratch())
+    check(fisher, reference(grad, value))
 
 
 def test_low_precision_is_widened_before_it_is_multiplied() -> None:

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from toolkit.dependencies import is_installed
+from toolkit.merging.fisher import compiled
+
+IS_COMPILED = is_installed("numba")
 BLOCK_NUM_ELEMENTS = 1 << 20
 """Elements of one example's gradient that are made at a time (4 MiB): the block is squared while it is in the cache."""
 DEVICE_NUM_ELEMENTS = 1 << 26
@@ -79,48 +83,71 @@ def add_product_squares(
     """F += Σ_b (Σ_t grad_bt ⊗ input_bt)², exactly; no gradient of a whole batch is ever squared.
 
     With one token an example the square of a rank-one matrix is (grad²)ᵀ(input²), one product for the whole batch.
-    With more, one example's gradient is made block by block and squared while it is in the cache. The expansion of
-    the square over pairs of tokens would cost T(T+1)/2 products and cancel.
+    With more, one example's gradient is made block by block and squared while it is in the cache. (The expansion of
+    the square over pairs of tokens would cost T(T+1)/2 products and cancel.)
 
     Args:
         fisher_OI: float32, changed in place.
         products: of every call of the parameter in this forward pass, joined along T.
+        scratch: reused.
         lookups: of the same parameter used as an embedding too (tied weights): one sum before the square.
     """
-    if fisher_OI.is_cuda:
-        _add_in_batches(fisher_OI, products, scratch, lookups)
+    if lookups is None:
+        _add_products(fisher_OI, products, scratch)
         return
+    # The rows that are looked up are few. They get both parts, and what the products alone would give them is undone.
+    rows = torch.unique(lookups.ids_BS[lookups.ids_BS >= 0])
+    sums_UI = fisher_OI[rows]
+    _add_products(fisher_OI, products, scratch)
+    grad_BTU = products.grad_BTO[:, :, rows].float()
+    for b, ids_S in enumerate(lookups.ids_BS):
+        gradient_UI = grad_BTU[b].T @ products.input_BTI[b].float()
+        occurs_S = ids_S >= 0
+        gradient_UI.index_add_(
+            0, torch.searchsorted(rows, ids_S[occurs_S]), lookups.grad_BSD[b][occurs_S].float()
+        )
+        sums_UI.addcmul_(gradient_UI, gradient_UI)
+    fisher_OI[rows] = sums_UI
+
+
+def _add_products(fisher_OI: torch.Tensor, products: Products, scratch: Scratch) -> None:
+    """The one place where the bulk of the arithmetic is done."""
     grad_BTO, input_BTI = products.grad_BTO, products.input_BTI
+    if fisher_OI.device.type != "cpu":
+        _add_in_batches(fisher_OI, products, scratch)
+        return
     spans = _spans(products)
-    if lookups is None and all(stop - start <= 1 for start, stop in spans):
+    if max(stop - start for start, stop in spans) <= 1:
         chosen = [(b, start) for b, (start, stop) in enumerate(spans) if stop > start]
         if chosen:
             b, t = (torch.tensor(index) for index in zip(*chosen, strict=True))
             fisher_OI.addmm_(grad_BTO[b, t].float().square_().T, input_BTI[b, t].float().square_())
         return
+    num_done = compiled.add_product_squares(fisher_OI, grad_BTO, input_BTI, spans) if IS_COMPILED else 0
+    if num_done < len(fisher_OI):
+        rest = Products(grad_BTO[:, :, num_done:], input_BTI)
+        _add_by_blocks(fisher_OI[num_done:], rest, spans, scratch)
+
+
+def _add_by_blocks(
+    fisher_OI: torch.Tensor, products: Products, spans: list[tuple[int, int]], scratch: Scratch
+) -> None:
+    """Where nothing can be compiled."""
     num_outputs, num_inputs = fisher_OI.shape
     block = max(1, min(num_outputs, BLOCK_NUM_ELEMENTS // num_inputs))
     buffer = scratch.take(block * num_inputs, fisher_OI.device)
-    examples = _examples(products, spans)
+    grads_OT = products.grad_BTO.float().transpose(1, 2).unbind()
+    inputs_TI = products.input_BTI.float().unbind()
+    examples = [
+        (grad_OT[:, slice(*span)], input_TI[slice(*span)])
+        for grad_OT, input_TI, span in zip(grads_OT, inputs_TI, spans, strict=True)
+    ]
     for first in range(0, num_outputs, block):
         fisher_block = fisher_OI[first : first + block]
         gradient = buffer[: fisher_block.numel()].view_as(fisher_block)
-        for b, (grad_OT, input_TI) in enumerate(examples):
+        for grad_OT, input_TI in examples:
             torch.mm(grad_OT[first : first + block], input_TI, out=gradient)
-            if lookups is not None:
-                _add_rows(gradient, lookups, b, first)
             fisher_block.addcmul_(gradient, gradient)
-
-
-def _examples(products: Products, spans: list[tuple[int, int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Both factors of each example as views, [O, T] and [T, I], in float32."""
-    grads_OT = products.grad_BTO.float().transpose(1, 2).unbind()
-    inputs_TI = products.input_BTI.float().unbind()
-    whole = (0, products.grad_BTO.shape[1])
-    return [
-        (grad_OT, input_TI) if span == whole else (grad_OT[:, slice(*span)], input_TI[slice(*span)])
-        for grad_OT, input_TI, span in zip(grads_OT, inputs_TI, spans, strict=True)
-    ]
 
 
 def _spans(products: Products) -> list[tuple[int, int]]:
@@ -137,24 +164,16 @@ def _spans(products: Products) -> list[tuple[int, int]]:
     return spans
 
 
-def _add_rows(gradient: torch.Tensor, lookups: Lookups, example: int, first: int) -> None:
-    rows = lookups.ids_BS[example] - first
-    inside = (rows >= 0) & (rows < len(gradient)) & (lookups.ids_BS[example] >= 0)
-    gradient.index_add_(0, rows[inside], lookups.grad_BSD[example][inside].float())
-
-
-def _add_in_batches(
-    fisher_OI: torch.Tensor, products: Products, scratch: Scratch, lookups: Lookups | None
-) -> None:
+def _add_in_batches(fisher_OI: torch.Tensor, products: Products, scratch: Scratch) -> None:
     """The same on an accelerator: no transfer to decide anything, few and large launches."""
     grad_BTO, input_BTI = products.grad_BTO, products.input_BTI
     num_examples, num_tokens, num_outputs = grad_BTO.shape
     num_inputs = input_BTI.shape[-1]
-    if num_tokens == 1 and lookups is None:
+    if num_tokens == 1:
         fisher_OI.addmm_(grad_BTO[:, 0].float().square().T, input_BTI[:, 0].float().square())
         return
     low = grad_BTO.dtype in (torch.bfloat16, torch.float16) and grad_BTO.dtype == input_BTI.dtype
-    if not low:
+    if not (low and grad_BTO.is_cuda):
         grad_BTO, input_BTI = grad_BTO.float(), input_BTI.float()
     block = max(1, min(num_outputs, DEVICE_NUM_ELEMENTS // (num_examples * num_inputs)))
     buffer = scratch.take(num_examples * block * num_inputs, fisher_OI.device)
@@ -162,11 +181,8 @@ def _add_in_batches(
         fisher_block = fisher_OI[first : first + block]
         gradients = buffer[: num_examples * fisher_block.numel()].view(num_examples, *fisher_block.shape)
         grad_BRT = grad_BTO[:, :, first : first + block].transpose(1, 2)
-        if low:  # low-precision factors, products accumulated and kept in float32
-            torch.bmm(grad_BRT, input_BTI, out_dtype=torch.float32, out=gradients)
-        else:
+        if grad_BTO.dtype == torch.float32:
             torch.bmm(grad_BRT, input_BTI, out=gradients)
-        if lookups is not None:
-            for b in range(num_examples):
-                _add_rows(gradients[b], lookups, b, first)
+        else:  # low-precision factors, products accumulated and kept in float32
+            torch.bmm(grad_BRT, input_BTI, out_dtype=torch.float32, out=gradients)
         fisher_block.add_(gradients.square_().sum(dim=0))
