@@ -180,6 +180,27 @@ def test_squares_are_added(cases, triton_backend, reference, dtype, layout, scal
         assert (cases.bits(totals[0]) == cases.bits(totals[1])).all()
 
 
+def test_squares_are_scaled_before_they_overflow(triton_backend):
+    total = torch.zeros(1)
+    triton_backend.add_squares(Span.of(total), Span.of(torch.tensor([1e160], dtype=torch.float64)), 1e-300)
+    assert total.item() == torch.tensor(1e20).item()
+
+
+def test_values_that_cancel_elect_the_positive_sign(triton_backend):
+    theta, base, out = torch.tensor([1.0]), torch.tensor([0.0]), torch.empty(1)
+    spans = Span.of(theta), Span.of(-theta)
+    rule = Consensus(np.array([0.5, 0.5]), (Keep(), Keep()), elect=True, normalize=False, scale=1.0)
+    triton_backend.apply([Piece(Inputs(spans, Span.of(base)), rule, Span.of(out))])
+    assert out.item() == 0.5
+
+
+def test_what_lies_beyond_the_end_is_not_counted(triton_backend):
+    """An infinite weight makes a NaN of the zeros that are read there."""
+    x = Span.of(torch.ones(5))
+    piece = Piece(Inputs((x,)), WeightedSum(np.array([np.inf])), Span.of(torch.empty(5)))
+    assert triton_backend.apply([piece]).tolist() == [5]
+
+
 def test_sets_of_largest_elements(cases, triton_backend, reference):
     """Magnitudes that tie, over several pieces."""
     inputs = cases.piece("base_and_sum", 2, 3 * BLOCK, ("float32",), "float32").inputs
