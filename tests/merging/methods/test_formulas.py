@@ -243,6 +243,25 @@ def test_della_ranks_equal_magnitudes_by_index() -> None:
     row = torch.tensor([[2.0, -1.0, 1.0, -2.0, 0.5]], dtype=torch.float64)
     expected = torch.tensor([[0.65, 0.35, 0.5, 0.8, 0.2]], dtype=torch.float64)
     torch.testing.assert_close(probabilities(row, 0.5, 0.3), expected)
+    assert probabilities(row.mT, 0.5, 0.3).unique().tolist() == [0.5]  # a rank needs two
+
+
+def test_where_deltas_cancel_the_positive_ones_are_elected(merge) -> None:
+    delta = torch.tensor([[1.0, -2.0, 3.0]], dtype=torch.float64)
+    base = torch.ones(1, 3, dtype=torch.float64)
+    models = [base + delta, base - delta]
+    for method, given in (("ties", {"weight": 1.0}), ("della", {"weight": 1.0}), ("sce", {})):
+        torch.testing.assert_close(merge(method, models, base, **given), base + delta.abs())
+
+
+@pytest.mark.parametrize("normalize", ["model", "tensor", "none"])
+def test_fisher_of_zeros_counts_for_nothing(merge, random_models, normalize) -> None:
+    models, _ = random_models(2)
+    zeros, ones = torch.zeros(models[0].shape), torch.ones(models[0].shape)
+    one_knows = merge("fisher", models, fisher=[zeros, ones], fisher_normalize=normalize)
+    torch.testing.assert_close(one_knows, models[1].double(), **EXACT)
+    none_knows = merge("fisher", models, fisher=[zeros, zeros], fisher_normalize=normalize)
+    torch.testing.assert_close(none_knows, (models[0].double() + models[1].double()) / 2, **EXACT)
 
 
 def test_model_stock(merge, random_models) -> None:
