@@ -272,6 +272,13 @@ def test_adapters_that_do_not_fit_together():
     state[f"base_model.model.{MODULES[0]}.lora_A.weight"][0, 0] = math.inf
     with pytest.raises(ModelError, match=r"mine: base_model.*lora_A\.weight has 1 NaN or infinite"):
         merge_adapter_states([state], [config], names=["mine"])
+    embedding = {
+        "base_model.model.wte.lora_embedding_A": torch.zeros(4, IN),
+        "base_model.model.wte.lora_embedding_B": torch.zeros(OUT, 4),
+    }
+    biased = {**ONE[0], f"base_model.model.{MODULES[0]}.lora_B.bias": torch.zeros(OUT)}
+    with pytest.raises(ModelError, match="wte is an embedding"):
+        merge_adapter_states([biased, embedding], [ONE[1]])
     for name, other in (
         ("score.weight", torch.zeros(3, IN)),
         ("score.weight", torch.zeros(2, IN, dtype=torch.int64)),

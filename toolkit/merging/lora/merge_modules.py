@@ -108,6 +108,11 @@ def merge_modules(adapters: Sequence[Adapter], weights: Sequence[float], request
     notes = _check_dora(adapters, request)
     use_rslora = request.averages_factors and adapters[0].config.use_rslora
     has_bias = any(module.bias is not None for adapter in adapters for module in adapter.modules.values())
+    embeddings = [name for adapter in adapters for name, m in adapter.modules.items() if m.is_embedding]
+    if has_bias and embeddings:
+        raise ModelError(
+            f"one adapter has lora_bias, and {embeddings[0]} is an embedding: PEFT has no such adapter"
+        )
     merged: dict[str, tuple[LoraModule, float, ModuleError]] = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
         owners = [(adapter, weight) for adapter, weight in weighted if name in adapter.modules]

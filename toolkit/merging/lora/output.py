@@ -130,11 +130,10 @@ def merge_adapters(
         except BaseException:
             shutil.rmtree(output.staged, ignore_errors=True)
             raise
-    if source is None:
-        return AdapterMergeReport(output.path, output.path, None, merged, facts)
-    return AdapterMergeReport(
-        output.path, output.path / ADAPTER_FOLDER, output.path / MODEL_FOLDER, merged, facts
+    pair = (
+        (output.path, None) if source is None else (output.path / ADAPTER_FOLDER, output.path / MODEL_FOLDER)
     )
+    return AdapterMergeReport(output.path, *pair, merged, facts)
 
 
 def _facts(
