@@ -130,10 +130,8 @@ def merge_adapters(
         except BaseException:
             shutil.rmtree(output.staged, ignore_errors=True)
             raise
-    pair = (
-        (output.path, None) if source is None else (output.path / ADAPTER_FOLDER, output.path / MODEL_FOLDER)
-    )
-    return AdapterMergeReport(output.path, *pair, merged, facts)
+    halves = (None, None) if source is None else (output.path / ADAPTER_FOLDER, output.path / MODEL_FOLDER)
+    return AdapterMergeReport(output.path, halves[0] or output.path, halves[1], merged, facts)
 
 
 def _facts(
