@@ -22,7 +22,7 @@ from toolkit.errors import MeldkitError
 from toolkit.merging.engine import EngineOptions, execute
 from toolkit.merging.folder_source import FolderSource
 from toolkit.merging.plan import InputModel, MergePlan, OutputTensor
-from toolkit.merging.registry import MergeMethod
+from toolkit.merging.registry import REQUIRED, MergeMethod, Parameter
 from toolkit_kernels.rules import WeightedSum
 
 AUDITED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod"}
@@ -35,7 +35,8 @@ def linear(group, weight):
 
 def plan_of(folders: list[Path]) -> MergePlan:
     sources = [FolderSource(folder.name, folder) for folder in folders]
-    method = MergeMethod("linear", linear, "", "", "none", False, (1, None), (), False)
+    weight = Parameter("weight", float, REQUIRED, per_model=True)
+    method = MergeMethod("linear", linear, "", "", "none", False, (1, None), (weight,), False)
     parameters = {"weight": np.arange(1.0, len(sources) + 1)}
     tensors = [
         OutputTensor(
