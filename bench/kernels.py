@@ -149,7 +149,10 @@ def copies(data: Data, pool: Pool) -> list[Subject]:
 
 
 def eager_bfloat16(data: Data) -> torch.Tensor:
-    return sum(w * x for w, x in zip(WEIGHTS.tolist(), data.theta, strict=True))  # pyright: ignore[reportReturnType] - 0
+    total = WEIGHTS[0].item() * data.theta[0]
+    for weight, theta in zip(WEIGHTS[1:].tolist(), data.theta[1:], strict=True):
+        total = total + weight * theta
+    return total
 
 
 def eager_float32(data: Data) -> torch.Tensor:

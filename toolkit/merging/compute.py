@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from toolkit.errors import MeldkitError, MergeError, ModelError
 from toolkit.merging.group import PIECE_SIZE, MemoryReader, Reader, TensorGroup
+from toolkit.merging.order import call_method
 from toolkit.merging.plan import OutputTensor, tensor_readers
 from toolkit.merging.safetensors_file import CARRIER
 from toolkit_kernels import sums
@@ -27,11 +28,13 @@ class Prepared:
         tensor: of the plan.
         group: what the rule is applied to; where the method gave a tensor, that tensor alone.
         rule: to apply.
+        order: of the models in the group, as places in the tensor's.
     """
 
     tensor: OutputTensor
     group: TensorGroup
     rule: Rule
+    order: Sequence[int] = ()
 
     def inputs(self, start: int) -> Inputs:
         """Of the piece that begins at element ``start``."""
@@ -73,13 +76,19 @@ class Findings:
             known[2] = [max(pair) for pair in zip(known[2], highest, strict=True)]
 
 
-def effective_weights(rule: Rule) -> list[float]:
-    """What each model counts; with a weight for the base, that one last."""
+def effective_weights(prepared: Prepared) -> list[float]:
+    """What each model counts, in the order of the plan; with a weight for the base, that one last."""
+    rule = prepared.rule
     if isinstance(rule, WeightedSum):
-        return [*rule.weights.tolist(), *([] if rule.base_weight is None else [float(rule.base_weight)])]
-    if isinstance(rule, FisherMean):
-        return rule.fallback.tolist()
-    return (rule.scale * rule.weights).tolist() if isinstance(rule, Consensus) else []
+        weights, base = rule.weights, [] if rule.base_weight is None else [float(rule.base_weight)]
+    elif isinstance(rule, FisherMean):
+        weights, base = rule.fallback, []
+    elif isinstance(rule, Consensus):
+        weights, base = rule.scale * rule.weights, []
+    else:
+        return []
+    places = np.argsort(prepared.order) if prepared.order else slice(None)
+    return [*weights[places].tolist(), *base]
 
 
 class Computer:
@@ -133,7 +142,7 @@ class Computer:
         if method is None:
             return Prepared(tensor, group, ONE)
         try:
-            result = method.function(group, **tensor.parameters)
+            result, group, order = call_method(method, group, tensor.parameters)
         except MeldkitError:
             raise
         except Exception as error:
@@ -150,7 +159,7 @@ class Computer:
             reader = MemoryReader.of(result.detach().cpu(), f"the result of {method.name}")
             group = TensorGroup(tensor.name, tensor.shape, (reader,), None, self.backend)
             return Prepared(tensor, group, ONE)
-        return Prepared(tensor, group, result)
+        return Prepared(tensor, group, result, order)
 
     def compute(self, parts: Sequence[tuple[Prepared, int, Span]], findings: Findings) -> None:
         """Write elements of tensors, each part from its start on, in one call of the kernels.

@@ -90,7 +90,8 @@ def merge_state_dicts(
                 pool.map if parallel else map,
                 device,
             )
-            return call_method(chosen, group, arguments)
+            rule, group, _ = call_method(chosen, group, arguments)
+            return rule, group
 
         def merge(name: str, parallel: bool) -> None:
             rule, group = rule_and_group(name, parallel)

@@ -26,14 +26,18 @@ NUM_STRETCHES, STRETCH = 8, 64
 
 def call_method(
     method: MergeMethod, group: TensorGroup, arguments: Mapping[str, Any]
-) -> "tuple[Rule | torch.Tensor, TensorGroup]":
-    """Call a method's function with the models in canonical order; what it returns goes with the group returned."""
-    arguments = dict(arguments)
-    if group.num_models > 1 and not method.base_is_a_model:
+) -> "tuple[Rule | torch.Tensor, TensorGroup, list[int]]":
+    """Call a method's function with the models in canonical order.
+
+    Returns:
+        What the function returned; the group in the order that this is for; and that order, as places in ``group``.
+    """
+    order = list(range(group.num_models))
+    if group.num_models > 1 and not method.ordered:
         order = canonical_order(group.models, arguments.get("weight"))
         if order != list(range(group.num_models)):
             group, arguments = reordered(group, method, arguments, order)
-    return method.function(group, **arguments), group
+    return method.function(group, **arguments), group, order
 
 
 def reordered(

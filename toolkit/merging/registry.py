@@ -57,6 +57,8 @@ class MergeMethod:
         num_models: fewest and most models beside the base; None for any number.
         parameters: what it understands.
         needs_fisher: each model brings a Fisher file.
+        ordered: the order of the models has a meaning. Otherwise it must not change the result, and the function gets
+            them in an order of their own (:mod:`toolkit.merging.order`).
     """
 
     name: str
@@ -67,7 +69,8 @@ class MergeMethod:
     base_is_a_model: bool
     num_models: tuple[int, int | None]
     parameters: tuple[Parameter, ...]
-    needs_fisher: bool
+    needs_fisher: bool = False
+    ordered: bool = False
 
     def arguments(self, given: Mapping[str, Any], num_models: int) -> dict[str, Any]:
         """The keyword arguments of ``function`` from parameters as a user gives them.
@@ -114,6 +117,7 @@ def merge_method(
     base_is_a_model: bool = False,
     num_models: tuple[int, int | None] = (1, None),
     needs_fisher: bool = False,
+    ordered: bool = False,
 ) -> Callable[[MergeFunction], MergeFunction]:
     """Register the decorated function as the merge method ``name``; its docstring begins with one sentence."""
 
@@ -122,7 +126,16 @@ def merge_method(
             raise ValueError(f"the merge method {name!r} is registered twice")
         summary = (function.__doc__ or "").strip().partition("\n")[0]
         METHODS[name] = MergeMethod(
-            name, function, summary, paper, base, base_is_a_model, num_models, tuple(parameters), needs_fisher
+            name,
+            function,
+            summary,
+            paper,
+            base,
+            base_is_a_model,
+            num_models,
+            tuple(parameters),
+            needs_fisher,
+            ordered or base_is_a_model,
         )
         return function
 

@@ -24,6 +24,8 @@ from toolkit_kernels.pool import Pool
 # Neighbouring tensors are computed together and written with one call, up to this many bytes and tensors.
 RUN_BYTES = 1 << 20
 RUN_TENSORS = 256
+# Below this many bytes a tensor it is the interpreter that works, and two threads would only take turns at its lock.
+TINY_BYTES = 1 << 14
 
 
 class Work:
@@ -60,7 +62,13 @@ class Work:
         wide, runs = shares(todo, pool.num_threads)
         for place in wide:
             self._large(place, pool.map)
-        pool.map(self._run, runs)
+        tiny = [run for run in runs if sum(place.num_bytes for place in run) < TINY_BYTES * len(run)]
+        others = [run for run in runs if sum(place.num_bytes for place in run) >= TINY_BYTES * len(run)]
+        pool.map(self._runs, [tiny, *([run] for run in others)])
+
+    def _runs(self, runs: Sequence[Sequence[Place]]) -> None:
+        for run in runs:
+            self._run(run)
 
     def _run(self, run: Sequence[Place]) -> None:
         if len(run) == 1 and run[0].num_bytes > RUN_BYTES:
@@ -115,7 +123,7 @@ class Work:
 
     def _prepared(self, place: Place, findings: Findings, parallel_map: Any) -> Prepared:
         prepared = self._computer.prepare(place.tensor, findings, parallel_map)
-        weights = effective_weights(prepared.rule)
+        weights = effective_weights(prepared)
         findings.see(self._group_of[place.index], type(prepared.rule).__name__, weights, weights)
         return prepared
 

@@ -32,7 +32,12 @@ HAS_FLOAT16_INSTRUCTIONS = bool(_features.get("f16c") or _features.get("neon"))
 # Of Any: what these make are called with other arguments than their definitions have.
 intrinsic: Any = numba.extending.intrinsic
 # Compiled into each caller, or once and called; never called from Python, so wrappers for that would be time lost.
-_OPTIONS = {"boundscheck": False, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_OPTIONS = {
+    "boundscheck": False,
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
 inlined: Any = njit(forceinline=True, **_OPTIONS)
 shared: Any = njit(**_OPTIONS)
 

@@ -91,6 +91,23 @@ def _value_maker(element, base_element, difference):
     return make_values
 
 
+def _strip_maker(as_lane, make_values, make_from_bfloat16):
+    @shared
+    def make_strip(spans, num_models, k, weights, masks, strip, start, n, base, buffer, random, values):
+        """v_k of the strip that begins at element ``strip`` of these, ``start + strip`` of the tensor."""
+        code = load_int64(spans, num_models + k)
+        theta = pointer(load_int64(spans, k), strip * item_size(code))
+        weight, rescale = load_float64(weights, k), load_float64(weights, num_models + k)
+        row, v = masks + 8 * NUM_COLUMNS * k, _strip(values, k)
+        if code == BFLOAT16:
+            make_from_bfloat16(row, start + strip, n, weight, rescale, theta, base, random, v)
+        else:
+            theta = as_lane(code, theta, n, buffer)
+            make_values(row, start + strip, n, weight, rescale, theta, base, random, v)
+
+    return make_strip
+
+
 @shared
 def _add_values(values, num_models, n, total):
     """total = sum_k v_k, from +0.0 on; four at a time in registers."""
@@ -144,14 +161,19 @@ def _add_elected(values, weights, num_models, n, sign, total, divisor):
 
 
 @inlined
-def _constant_divisor(weights, num_models, is_normalized):
+def _nonzero(divisor, is_normalized):
+    return 1.0 if is_normalized == 0 or divisor == 0.0 else divisor
+
+
+@inlined
+def _sum_of_weights(weights, num_models):
     total = 0.0
     for k in range(num_models):
         total += load_float64(weights, k)
-    return 1.0 if is_normalized == 0 or total == 0.0 else total
+    return total
 
 
-def _consensus(as_lane, element, make_values, make_from_bfloat16):
+def _consensus(as_lane, element, make_strip):
     def consensus(
         spans,
         bases,
@@ -182,21 +204,15 @@ def _consensus(as_lane, element, make_values, make_from_bfloat16):
         sign, total, divisor = scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP)
         base_address, base_code = load_int64(bases, 0), load_int64(bases, 1)
         scale = load_float64(weights, 2 * num_models)
-        constant = _constant_divisor(weights, num_models, is_normalized)
+        constant = _nonzero(_sum_of_weights(weights, num_models), is_normalized)
         num_bad = 0
         for strip in range(0, size, STRIP):
             n = min(STRIP, size - strip)
             base = as_lane(base_code, pointer(base_address, strip * item_size(base_code)), n, base_buffer)
             for k in range(num_models):
-                code = load_int64(spans, num_models + k)
-                theta = pointer(load_int64(spans, k), strip * item_size(code))
-                weight, rescale = load_float64(weights, k), load_float64(weights, num_models + k)
-                row, v = masks + 8 * NUM_COLUMNS * k, _strip(values, k)
-                if code == BFLOAT16:
-                    make_from_bfloat16(row, start + strip, n, weight, rescale, theta, base, random, v)
-                else:
-                    theta = as_lane(code, theta, n, theta_buffer)
-                    make_values(row, start + strip, n, weight, rescale, theta, base, random, v)
+                make_strip(
+                    spans, num_models, k, weights, masks, strip, start, n, base, theta_buffer, random, values
+                )
             _add_values(values, num_models, n, total)
             if is_elected == 0:
                 for i in range(n):
@@ -206,24 +222,23 @@ def _consensus(as_lane, element, make_values, make_from_bfloat16):
                     store_float64(sign, i, load_float64(total, i))
                 _add_elected(values, weights, num_models, n, sign, total, divisor)
                 for i in range(n):
-                    weight = load_float64(divisor, i)
-                    weight = 1.0 if is_normalized == 0 or weight == 0.0 else weight
-                    store_float64(total, i, element(base, i) + scale * (load_float64(total, i) / weight))
+                    mean = load_float64(total, i) / _nonzero(load_float64(divisor, i), is_normalized)
+                    store_float64(total, i, element(base, i) + scale * mean)
             num_bad += write_strip(out_code, pointer(out, strip * item_size(out_code)), n, total)
         return num_bad
 
     return consensus
 
 
-consensus = _consensus(
+_make_strip = _strip_maker(
     as_float32,
-    float32_at,
     _value_maker(float32_at, float32_at, difference32),
     _value_maker(bfloat16_at, float32_at, difference16),
 )
-consensus_wide = _consensus(
+_make_strip_wide = _strip_maker(
     as_float64,
-    float64_at,
     _value_maker(float64_at, float64_at, difference64),
     _value_maker(bfloat16_at, float64_at, difference16_64),
 )
+consensus = _consensus(as_float32, float32_at, _make_strip)
+consensus_wide = _consensus(as_float64, float64_at, _make_strip_wide)

@@ -176,7 +176,7 @@ def _fisher_adder(element, certainty_element):
     return add
 
 
-def _fisher_mean(as_lane, add_lanes, add_bfloat16, add_models):
+def _group_adder(as_lane, add_lanes, add_bfloat16):
     @inlined
     def lane(spans, num_models, k, start, n, buffers, number):
         buffer = pointer(buffers, number * FLOAT64_STRIP)
@@ -201,6 +201,10 @@ def _fisher_mean(as_lane, add_lanes, add_bfloat16, add_models):
             d = lane(spans, num_models, k3, start, n, buffers, 7) if many > 2 else a
             add_lanes(many, a, b, c, d, e, f, g, h, weights, floors, numerator, denominator, n)
 
+    return add_group
+
+
+def _fisher_mean(add_group, add_models):
     def fisher_mean(spans, fishers, num_models, parameters, out, out_code, size):
         """``parameters``: [3, K] float64 weights, floors, fallback, and three more unused but readable numbers."""
         numerator, denominator, mean = scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP)
@@ -233,14 +237,15 @@ def _fisher_mean(as_lane, add_lanes, add_bfloat16, add_models):
     return fisher_mean
 
 
-fisher_mean = _fisher_mean(
-    as_float32, _fisher_adder(float32_at, float32_at), _fisher_adder(bfloat16_at, float32_at), _add_models
+_add_group = _group_adder(
+    as_float32, _fisher_adder(float32_at, float32_at), _fisher_adder(bfloat16_at, float32_at)
 )
-fisher_mean_wide = _fisher_mean(
-    as_float64,
-    _fisher_adder(float64_at, float64_at),
-    _fisher_adder(bfloat16_at, float64_at),
-    _add_models_wide,
+_add_group_wide = _group_adder(
+    as_float64, _fisher_adder(float64_at, float64_at), _fisher_adder(bfloat16_at, float64_at)
+)
+fisher_mean, fisher_mean_wide = (
+    _fisher_mean(_add_group, _add_models),
+    _fisher_mean(_add_group_wide, _add_models_wide),
 )
 
 

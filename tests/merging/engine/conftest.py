@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -20,8 +20,10 @@ def linear(group, weight):
     return WeightedSum(weight / weight.sum())
 
 
-def a_method(function: Callable[..., Any], name: str = "linear", base: str = "none") -> MergeMethod:
-    return MergeMethod(name, function, "", "", base, False, (1, None), (), False)  # type: ignore[arg-type]
+def a_method(
+    function: Callable[..., Any], name: str = "linear", base: Literal["none", "required"] = "none"
+) -> MergeMethod:
+    return MergeMethod(name, function, "", "", base, False, (1, None), (), ordered=True)
 
 
 @pytest.fixture(scope="session")
