@@ -123,7 +123,7 @@ class Work:
 
     def _prepared(self, place: Place, findings: Findings, parallel_map: Any) -> Prepared:
         prepared = self._computer.prepare(place.tensor, findings, parallel_map)
-        weights = effective_weights(prepared.rule)
+        weights = effective_weights(prepared)
         findings.see(self._group_of[place.index], type(prepared.rule).__name__, weights, weights)
         return prepared
 
