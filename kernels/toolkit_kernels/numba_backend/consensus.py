@@ -165,6 +165,14 @@ def _nonzero(divisor, is_normalized):
     return 1.0 if is_normalized == 0 or divisor == 0.0 else divisor
 
 
+@shared
+def _average_elected(values, weights, num_models, n, is_normalized, mean, total, divisor):
+    """Replace ``mean``, the sums of all v_k, by the sums or averages of those that have its sign."""
+    _add_elected(values, weights, num_models, n, mean, total, divisor)
+    for i in range(n):
+        store_float64(mean, i, load_float64(total, i) / _nonzero(load_float64(divisor, i), is_normalized))
+
+
 @inlined
 def _sum_of_weights(weights, num_models):
     total = 0.0
@@ -201,10 +209,10 @@ def _consensus(as_lane, element, make_strip):
             scratch(FLOAT64_STRIP),
             scratch(UINT32_STRIP),
         )
-        sign, total, divisor = scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP)
+        mean, total, divisor = scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP)
         base_address, base_code = load_int64(bases, 0), load_int64(bases, 1)
         scale = load_float64(weights, 2 * num_models)
-        constant = _nonzero(_sum_of_weights(weights, num_models), is_normalized)
+        constant = _nonzero(_sum_of_weights(weights, num_models), is_normalized and not is_elected)
         num_bad = 0
         for strip in range(0, size, STRIP):
             n = min(STRIP, size - strip)
@@ -213,18 +221,12 @@ def _consensus(as_lane, element, make_strip):
                 make_strip(
                     spans, num_models, k, weights, masks, strip, start, n, base, theta_buffer, random, values
                 )
-            _add_values(values, num_models, n, total)
-            if is_elected == 0:
-                for i in range(n):
-                    store_float64(total, i, element(base, i) + scale * (load_float64(total, i) / constant))
-            else:
-                for i in range(n):
-                    store_float64(sign, i, load_float64(total, i))
-                _add_elected(values, weights, num_models, n, sign, total, divisor)
-                for i in range(n):
-                    mean = load_float64(total, i) / _nonzero(load_float64(divisor, i), is_normalized)
-                    store_float64(total, i, element(base, i) + scale * mean)
-            num_bad += write_strip(out_code, pointer(out, strip * item_size(out_code)), n, total)
+            _add_values(values, num_models, n, mean)
+            if is_elected != 0:
+                _average_elected(values, weights, num_models, n, is_normalized, mean, total, divisor)
+            for i in range(n):
+                store_float64(mean, i, element(base, i) + scale * (load_float64(mean, i) / constant))
+            num_bad += write_strip(out_code, pointer(out, strip * item_size(out_code)), n, mean)
         return num_bad
 
     return consensus
