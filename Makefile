@@ -7,7 +7,7 @@ VENV_PYTHON := .venv/bin/python
 TEST_ENVIRONMENT = HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HOME="$(CURDIR)/.cache/huggingface" \
 	TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
 PYTEST = $(TEST_ENVIRONMENT) $(VENV_PYTHON) -m pytest
-SHELL_SCRIPTS = $(wildcard scripts/*.sh) .ci/run
+SHELL_SCRIPTS = $(wildcard scripts/*.sh bench/*.sh) .ci/run
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format types pytest test-gpu test-slow test-faults bench wheel clean clean-env

@@ -2,8 +2,9 @@
 
     PYTHON bench/merge_arms.py meldkit|mergekit|copy CONFIG.yml OUT [--threads N]
 
-Prints one line of JSON: seconds from the first look at the configuration to the last byte of the output, imports not
-counted, nor the syncing of the output to the disk, which mergekit does not do. The mergekit arm runs under the interpreter of mergekit's own environment and imports nothing of meldkit.
+Prints one line of JSON: seconds from the first look at the configuration to the last byte of the output. Imports do not
+count, nor does syncing the output to the disk, which mergekit does not do. The mergekit arm runs under the interpreter of
+mergekit's own environment and imports nothing of meldkit.
 """
 
 import argparse
@@ -19,8 +20,8 @@ PIECE_BYTES = 1 << 20
 def meldkit(config: Path, out: Path, threads: int) -> dict:
     from dataclasses import asdict
 
-    from toolkit.merging.engine import EngineOptions
     from toolkit.merging.folders import merge_folders
+    from toolkit.merging.streaming.engine import EngineOptions
     from toolkit_kernels.dispatch import backend
 
     kernels = backend("auto")

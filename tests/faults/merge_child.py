@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from toolkit.errors import MeldkitError
-from toolkit.merging.engine import EngineOptions, execute
-from toolkit.merging.folder_source import FolderSource
 from toolkit.merging.plan import InputModel, MergePlan, OutputTensor
 from toolkit.merging.registry import REQUIRED, MergeMethod, Parameter
+from toolkit.merging.streaming.engine import EngineOptions, execute
+from toolkit.merging.streaming.folder_source import FolderSource
 from toolkit_kernels.rules import WeightedSum
 
 AUDITED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod"}

@@ -32,7 +32,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> list[Path]:
-    from toolkit.merging.safetensors_file import header_bytes
+    from toolkit.merging.streaming.safetensors_file import header_bytes
 
     folder, generator = tmp_path_factory.mktemp("inputs"), np.random.default_rng(0)
     sizes = {f"t{i}": 20_000 if i % 4 == 0 else 50 for i in range(12)}

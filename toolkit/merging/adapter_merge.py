@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from toolkit.config.merge_command import MergeConfig
 from toolkit.durable import write_json
 from toolkit.errors import ConfigError
-from toolkit.merging.model_inputs import local_folder
-from toolkit.merging.parameters import evaluate
-from toolkit.merging.recipe import InputModel, MergeRecipe, ModelReference, Settings
+from toolkit.merging.recipes.model_inputs import local_folder
+from toolkit.merging.recipes.parameters import evaluate
+from toolkit.merging.recipes.recipe import InputModel, MergeRecipe, ModelReference, Settings
 from toolkit.reporting.wording import size
 from toolkit.terminal import err, out
 

@@ -14,7 +14,7 @@ from toolkit.terminal import err, out
 
 if TYPE_CHECKING:
     from toolkit.merging.plan import MergePlan
-    from toolkit.merging.recipe import MergeRecipe
+    from toolkit.merging.recipes.recipe import MergeRecipe
 
 HELP_FLAGS = {"-h", "--help"}
 WRONG_INPUT = 2
@@ -41,7 +41,7 @@ def merge(argv: Sequence[str]) -> int:
         raise ConfigError([f"--{unused[0].replace('_', '-')} is for adapters, and the models are none"])
     plan = _plan(config, recipe, notes)
     if config.dry_run or (config.verbose and not config.quiet):
-        from toolkit.merging.plan_text import plan_text
+        from toolkit.merging.recipes.plan_text import plan_text
 
         out(plan_text(plan, config.out, shard_bytes(config), config.num_threads))
     if config.dry_run:
@@ -57,8 +57,8 @@ def merge(argv: Sequence[str]) -> int:
 
 
 def _execute(config: MergeConfig, plan: "MergePlan") -> int:
-    from toolkit.merging.engine import EngineOptions, execute
     from toolkit.merging.merge_progress import MergeProgress
+    from toolkit.merging.streaming.engine import EngineOptions, execute
 
     if not config.quiet and not config.verbose:
         for note in plan.notes:
@@ -96,7 +96,7 @@ def _execute(config: MergeConfig, plan: "MergePlan") -> int:
 def _plan(config: MergeConfig, recipe: "MergeRecipe", notes: list[str]) -> "MergePlan":
     import dataclasses
 
-    from toolkit.merging.resolve import PlanOptions, plan_merge
+    from toolkit.merging.recipes.resolve import PlanOptions, plan_merge
 
     options = PlanOptions(
         seed=seed_of(config),
@@ -116,10 +116,10 @@ def _plan(config: MergeConfig, recipe: "MergeRecipe", notes: list[str]) -> "Merg
 def read_recipe(config: MergeConfig) -> "MergeRecipe":
     """The recipe of the file, or of the flags. Raises ConfigError."""
     if config.config is not None:
-        from toolkit.merging.recipe_file import read
+        from toolkit.merging.recipes.recipe_file import read
 
         return read(config.config, lenient=config.lenient)
-    from toolkit.merging.flag_recipe import recipe_of_flags
+    from toolkit.merging.recipes.flag_recipe import recipe_of_flags
 
     return recipe_of_flags(config, lenient=config.lenient)
 

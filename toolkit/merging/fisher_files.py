@@ -15,7 +15,7 @@ import numpy as np
 
 from toolkit.errors import ModelError
 from toolkit.merging.group import PIECE_SIZE, FisherTensor, Reader
-from toolkit.merging.safetensors_file import WeightsFile
+from toolkit.merging.streaming.safetensors_file import WeightsFile
 from toolkit_kernels.reference import read
 from toolkit_kernels.spans import CODES
 

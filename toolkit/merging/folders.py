@@ -7,10 +7,10 @@ from typing import Any
 import yaml
 
 from toolkit.config.yaml_tree import parse_tree
-from toolkit.merging.engine import EngineOptions, execute
-from toolkit.merging.recipe_file import build, read
-from toolkit.merging.report import Report
-from toolkit.merging.resolve import PlanOptions, plan_merge
+from toolkit.merging.recipes.recipe_file import build, read
+from toolkit.merging.recipes.resolve import PlanOptions, plan_merge
+from toolkit.merging.streaming.engine import EngineOptions, execute
+from toolkit.merging.streaming.report import Report
 
 
 def merge_folders(

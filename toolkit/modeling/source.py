@@ -78,7 +78,7 @@ def check_model_folder(folder: Path) -> None:
 def _check_index(index: Path) -> None:
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index} is not a shard index: {error}") from error
     for shard in sorted(shards):
         if Path(shard).name != shard or shard in ("", ".", ".."):

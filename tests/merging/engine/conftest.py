@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from toolkit.merging.folder_source import FolderSource
 from toolkit.merging.plan import InputModel, MergePlan, OutputTensor
 from toolkit.merging.registry import MergeMethod
+from toolkit.merging.streaming.folder_source import FolderSource
 from toolkit_kernels.rules import WeightedSum
 
 

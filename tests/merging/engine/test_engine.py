@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from toolkit.merging.engine import EngineOptions, execute
 from toolkit.merging.group import MemoryReader
 from toolkit.merging.plan import OutputTensor
+from toolkit.merging.streaming.engine import EngineOptions, execute
 from toolkit_kernels.dispatch import available
 from toolkit_kernels.rules import Consensus, FisherMean, Keep, WeightedSum
 from toolkit_kernels.spans import Span
@@ -291,7 +291,7 @@ def test_a_plain_merge_imports_no_torch(tmp_path, models) -> None:
         "import sys; sys.path[:0] = [sys.argv[1]]\n"
         "from merge_child import plan_of\n"
         "from pathlib import Path\n"
-        "from toolkit.merging.engine import EngineOptions, execute\n"
+        "from toolkit.merging.streaming.engine import EngineOptions, execute\n"
         "execute(plan_of([Path(p) for p in sys.argv[3:]]), Path(sys.argv[2]), EngineOptions(backend='reference'))\n"
         "assert 'torch' not in sys.modules and 'safetensors' not in sys.modules\n"
     )

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from toolkit.errors import MeldkitError, MergeError, ModelError, RunDirectoryError
-from toolkit.merging.engine import EngineOptions, execute
 from toolkit.merging.plan import OutputTensor
+from toolkit.merging.streaming.engine import EngineOptions, execute
 from toolkit_kernels.rules import Consensus, Keep, Threshold, WeightedSum
 from toolkit_kernels.spans import Span
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from toolkit.errors import ModelError
-from toolkit.merging.folder_source import FolderSource
+from toolkit.merging.streaming.folder_source import FolderSource
 
 STATE = {name: torch.full((2,), float(i)) for i, name in enumerate("abcdef")}
 

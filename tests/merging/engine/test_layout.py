@@ -7,8 +7,8 @@ import pytest
 
 from toolkit.errors import ModelError
 from toolkit.merging.group import MemoryReader
-from toolkit.merging.layout import lay_out
 from toolkit.merging.plan import OutputTensor
+from toolkit.merging.streaming.layout import lay_out
 from toolkit_kernels.spans import Span
 
 

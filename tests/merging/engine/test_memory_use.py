@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from toolkit.merging.safetensors_file import header_bytes
+from toolkit.merging.streaming.safetensors_file import header_bytes
 
 PROGRAM = """
 import sys, threading
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from merge_child import plan_of
-from toolkit.merging.engine import EngineOptions, execute
+from toolkit.merging.streaming.engine import EngineOptions, execute
 
 def anonymous_bytes():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from toolkit.errors import Interrupted, MergeError
-from toolkit.merging.engine import EngineOptions, execute
-from toolkit.merging.progress_file import PROGRESS_NAME
-from toolkit.merging.safetensors_file import read_header
+from toolkit.merging.streaming.engine import EngineOptions, execute
+from toolkit.merging.streaming.progress_file import PROGRESS_NAME
+from toolkit.merging.streaming.safetensors_file import read_header
 from toolkit_kernels.rules import WeightedSum
 
 RECORD_ALL = EngineOptions(record_seconds=0)
@@ -169,7 +169,7 @@ def test_a_signal_ends_a_merge_that_can_go_on(tmp_path, models, plan_of, number)
         "sys.path.insert(0, sys.argv[1])\n"
         "from merge_child import plan_of, Path\n"
         "from toolkit.errors import Interrupted\n"
-        "from toolkit.merging.engine import EngineOptions, execute\n"
+        "from toolkit.merging.streaming.engine import EngineOptions, execute\n"
         "def slowly(num_bytes):\n"
         "    if num_bytes < 1_500_000:\n"
         "        print('ready', flush=True); time.sleep(0.5)\n"

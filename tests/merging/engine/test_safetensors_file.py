@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from toolkit.errors import MergeError, ModelError
-from toolkit.merging.safetensors_file import DTYPES, WeightsFile, header_bytes, read_header
+from toolkit.merging.streaming.safetensors_file import DTYPES, WeightsFile, header_bytes, read_header
 
 GOOD = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
 

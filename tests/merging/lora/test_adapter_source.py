@@ -12,8 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from toolkit.errors import ModelError
-from toolkit.merging.folder_source import FolderSource
 from toolkit.merging.lora import AdaptedSource
+from toolkit.merging.streaming.folder_source import FolderSource
 
 # Kinds of adapters: (base, options of LoraConfig).
 KINDS = {
@@ -231,7 +231,7 @@ def test_it_needs_no_torch(bases, make_adapter, tmp_path):
     code = """
 import sys
 from pathlib import Path
-from toolkit.merging.folder_source import FolderSource
+from toolkit.merging.streaming.folder_source import FolderSource
 from toolkit.merging.lora import AdaptedSource
 source = AdaptedSource(FolderSource("b", Path(sys.argv[1])), Path(sys.argv[2]))
 for name in source.names():

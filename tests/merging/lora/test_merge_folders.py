@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from safetensors.torch import load_file, save_file
 
 from toolkit.errors import ConfigError, ModelError, RunDirectoryError
-from toolkit.merging.folder_source import FolderSource
 from toolkit.merging.lora import AdaptedSource, merge_adapter_states, merge_adapters
+from toolkit.merging.streaming.folder_source import FolderSource
 
 ALL_MODES = ("factors", "concat", "svd", "residual")
 # Kinds of adapters: (base, options of LoraConfig).

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from toolkit.errors import MergeError, ModelError
-from toolkit.merging.recipe_file import read
-from toolkit.merging.resolve import PlanOptions, plan_merge
+from toolkit.merging.recipes.recipe_file import read
+from toolkit.merging.recipes.resolve import PlanOptions, plan_merge
 
 LINEAR = "merge_method: linear\nparameters: {{weight: 1}}\nmodels: [{{model: {a}}}, {{model: {b}}}]\n"
 

@@ -16,7 +16,7 @@ from toolkit.config.merge_command import NEEDLESS, MergeConfig, MergekitOptions,
 from toolkit.merging.commands import flag_notes
 from toolkit.merging.merge_progress import MergeProgress
 from toolkit.merging.plan import MergePlan, OutputTensor
-from toolkit.merging.plan_text import copy_bandwidth
+from toolkit.merging.recipes.plan_text import copy_bandwidth
 
 
 def parsed(*words: str) -> MergeConfig:

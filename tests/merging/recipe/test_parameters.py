@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from toolkit.merging.parameters import Levels, Resolver, converted, evaluate, gradient
-from toolkit.merging.recipe import Condition, MergeRecipe, Setting
-from toolkit.merging.recipe_file import read
+from toolkit.merging.recipes.parameters import Levels, Resolver, converted, evaluate, gradient
+from toolkit.merging.recipes.recipe import Condition, MergeRecipe, Setting
+from toolkit.merging.recipes.recipe_file import read
 from toolkit.merging.registry import merge_methods
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from toolkit.errors import ConfigError
-from toolkit.merging.recipe import Condition, Location, ModelReference
-from toolkit.merging.recipe_file import read
+from toolkit.merging.recipes.recipe import Condition, Location, ModelReference
+from toolkit.merging.recipes.recipe_file import read
 from toolkit.merging.registry import merge_methods
 
 LINEAR = """

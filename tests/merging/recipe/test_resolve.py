@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from toolkit.errors import ModelError
-from toolkit.merging.recipe_file import read
-from toolkit.merging.resolve import PlanOptions, plan_merge
+from toolkit.merging.recipes.recipe_file import read
+from toolkit.merging.recipes.resolve import PlanOptions, plan_merge
 
 LAYER = ("input_layernorm.weight", "mlp.up_proj.weight", "self_attn.q_proj.weight")
 

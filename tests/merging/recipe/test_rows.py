@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from toolkit.merging.group import MemoryReader
-from toolkit.merging.rows import FirstRows, GatheredRows, MeanOfAllRows, MeanRows, Zeros, gathered, widened
+from toolkit.merging.recipes.rows import (
+    FirstRows,
+    GatheredRows,
+    MeanOfAllRows,
+    MeanRows,
+    Zeros,
+    gathered,
+    widened,
+)
 from toolkit_kernels.spans import Span
 
 

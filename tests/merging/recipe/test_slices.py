@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from toolkit.merging.slices import LayerList, Layers, is_before_layers, split_name, with_layers
+from toolkit.merging.recipes.slices import LayerList, Layers, is_before_layers, split_name, with_layers
 
 
 def names(prefix: str, count: int, *rests: str) -> list[str]:

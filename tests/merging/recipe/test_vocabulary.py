@@ -9,9 +9,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from toolkit.errors import ModelError
 from toolkit.merging.group import MemoryReader
-from toolkit.merging.recipe import Location, ModelReference, TokenizerRequest, TokenSource
-from toolkit.merging.rows import widened
-from toolkit.merging.vocabulary import Truncated, has_row_for_each_token, unify
+from toolkit.merging.recipes.recipe import Location, ModelReference, TokenizerRequest, TokenSource
+from toolkit.merging.recipes.rows import widened
+from toolkit.merging.recipes.vocabulary import Truncated, has_row_for_each_token, unify
 from toolkit_kernels.spans import Span
 
 NAME = "model.embed_tokens.weight"

@@ -10,7 +10,7 @@ import numpy as np
 
 from toolkit.errors import ModelError
 from toolkit.merging.lora.arrays import Array
-from toolkit.merging.safetensors_file import WeightsFile, header_bytes
+from toolkit.merging.streaming.safetensors_file import WeightsFile, header_bytes
 from toolkit_kernels.spans import CODES
 
 CONFIG_NAME = "adapter_config.json"

@@ -11,15 +11,15 @@ from typing import Any
 
 from toolkit import durable
 from toolkit.errors import ConfigError
-from toolkit.merging.companions import TOKENIZER_FILES, copy_file
-from toolkit.merging.folder_source import FolderSource
 from toolkit.merging.lora import adapter_file, residual
 from toolkit.merging.lora.adapter import Adapter
 from toolkit.merging.lora.merge import MergedAdapter, check_options, check_same_base, merge
 from toolkit.merging.lora.merge_modules import MODES
-from toolkit.merging.output_folder import OutputFolder, refuse_inputs
-from toolkit.merging.report import REPORT_NAME, versions
+from toolkit.merging.recipes.companions import TOKENIZER_FILES, copy_file
 from toolkit.merging.sources import Source
+from toolkit.merging.streaming.folder_source import FolderSource
+from toolkit.merging.streaming.output_folder import OutputFolder, refuse_inputs
+from toolkit.merging.streaming.report import REPORT_NAME, versions
 
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
 CARD = """---

@@ -11,14 +11,14 @@ import numpy as np
 
 from toolkit import durable
 from toolkit.errors import ModelError
-from toolkit.merging.companions import OTHER_FILES, TOKENIZER_FILES, copy_file
-from toolkit.merging.engine import EngineOptions, execute
 from toolkit.merging.lora import adapter_config
 from toolkit.merging.lora.adapter_source import AdaptedSource
 from toolkit.merging.lora.arrays import widened
 from toolkit.merging.lora.merge import MergedAdapter
 from toolkit.merging.plan import InputModel, MergePlan, OutputTensor
+from toolkit.merging.recipes.companions import OTHER_FILES, TOKENIZER_FILES, copy_file
 from toolkit.merging.sources import Source
+from toolkit.merging.streaming.engine import EngineOptions, execute
 
 
 def write(merged: MergedAdapter, base: Source, staged: Path, final: Path) -> MergedAdapter:

@@ -20,7 +20,7 @@ from torch import nn
 from toolkit.durable import STAGING_PREFIX, sync
 from toolkit.errors import ModelError
 from toolkit.merging.methods.rows import read
-from toolkit.merging.safetensors_file import WeightsFile
+from toolkit.merging.streaming.safetensors_file import WeightsFile
 
 FORMAT = "meldkit-grams-1"
 

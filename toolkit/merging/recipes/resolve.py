@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Literal
 
 from toolkit.errors import ModelError
-from toolkit.merging.companions import Companions
-from toolkit.merging.model_inputs import ModelInput, local_folder, open_source
 from toolkit.merging.plan import InputModel, MergePlan
-from toolkit.merging.recipe import Location, MergeRecipe, ModelReference
-from toolkit.merging.recipe_checks import notes_on_settings
+from toolkit.merging.recipes.companions import Companions
+from toolkit.merging.recipes.model_inputs import ModelInput, local_folder, open_source
+from toolkit.merging.recipes.recipe import Location, MergeRecipe, ModelReference
+from toolkit.merging.recipes.recipe_checks import notes_on_settings
+from toolkit.merging.recipes.sections import donor_of, sections_of
+from toolkit.merging.recipes.tensor_planner import TensorPlanner
+from toolkit.merging.recipes.vocabulary import Alignment, Truncated, Unified, unify
 from toolkit.merging.registry import MergeMethod, merge_methods
-from toolkit.merging.sections import donor_of, sections_of
-from toolkit.merging.tensor_planner import TensorPlanner
-from toolkit.merging.vocabulary import Alignment, Truncated, Unified, unify
 
 
 @dataclass(frozen=True, slots=True)

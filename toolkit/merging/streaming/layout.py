@@ -6,7 +6,7 @@ from typing import Any
 
 from toolkit.errors import ModelError
 from toolkit.merging.plan import OutputTensor
-from toolkit.merging.safetensors_file import CARRIER, header_bytes
+from toolkit.merging.streaming.safetensors_file import CARRIER, header_bytes
 
 # What transformers asks for before it believes a file.
 METADATA = {"format": "pt"}

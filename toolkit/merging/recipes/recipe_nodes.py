@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 from toolkit.config.names import did_you_mean
 from toolkit.config.values import shown
 from toolkit.config.yaml_tree import Node
-from toolkit.merging.parameters import parameter_names
-from toolkit.merging.recipe import Condition, Location, ModelReference, Setting, Settings, location
+from toolkit.merging.recipes.parameters import parameter_names
+from toolkit.merging.recipes.recipe import Condition, Location, ModelReference, Setting, Settings, location
 
 DTYPES = {
     "bfloat16": "bfloat16",

@@ -9,7 +9,7 @@ from toolkit.config.names import did_you_mean
 from toolkit.config.values import shown
 from toolkit.config.yaml_tree import Node, read_tree
 from toolkit.errors import ConfigError
-from toolkit.merging.recipe import (
+from toolkit.merging.recipes.recipe import (
     InputModel,
     InputSlice,
     MergeRecipe,
@@ -19,8 +19,8 @@ from toolkit.merging.recipe import (
     TokenizerRequest,
     TokenSource,
 )
-from toolkit.merging.recipe_checks import check_settings
-from toolkit.merging.recipe_nodes import NodeReader
+from toolkit.merging.recipes.recipe_checks import check_settings
+from toolkit.merging.recipes.recipe_nodes import NodeReader
 from toolkit.merging.registry import merge_methods
 
 RECIPE_KEYS = (

@@ -7,7 +7,7 @@ from typing import Any
 
 from toolkit.errors import ModelError
 from toolkit.merging.group import Reader
-from toolkit.merging.safetensors_file import WeightsFile
+from toolkit.merging.streaming.safetensors_file import WeightsFile
 from toolkit.modeling.source import check_model_folder
 
 # The output projection of a language model, and what it shares its weights with where the file leaves it out.

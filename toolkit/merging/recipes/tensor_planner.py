@@ -8,13 +8,13 @@ from typing import Literal
 from toolkit.errors import ModelError
 from toolkit.merging.fisher_files import FisherFile, open_fisher
 from toolkit.merging.group import FisherTensor, Reader
-from toolkit.merging.model_inputs import ModelInput, same_elements
-from toolkit.merging.parameters import Levels, Resolver
 from toolkit.merging.plan import OutputTensor
-from toolkit.merging.recipe import MergeRecipe, ModelReference
+from toolkit.merging.recipes.model_inputs import ModelInput, same_elements
+from toolkit.merging.recipes.parameters import Levels, Resolver
+from toolkit.merging.recipes.recipe import MergeRecipe, ModelReference
+from toolkit.merging.recipes.sections import Section, TensorRequest
+from toolkit.merging.recipes.vocabulary import Alignment, has_row_for_each_token
 from toolkit.merging.registry import MergeMethod, merge_methods
-from toolkit.merging.sections import Section, TensorRequest
-from toolkit.merging.vocabulary import Alignment, has_row_for_each_token
 from toolkit_kernels.spans import CODES
 
 # Buffers that older versions of transformers saved and that every model makes anew.

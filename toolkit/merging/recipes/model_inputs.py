@@ -9,12 +9,12 @@ import numpy as np
 
 from toolkit.config.names import nearest
 from toolkit.errors import ModelError
-from toolkit.merging.folder_source import FolderSource
 from toolkit.merging.group import PIECE_SIZE, Reader
-from toolkit.merging.recipe import Location, ModelReference
-from toolkit.merging.slices import TEXT_CONFIGS, Layers
+from toolkit.merging.recipes.recipe import Location, ModelReference
+from toolkit.merging.recipes.slices import TEXT_CONFIGS, Layers
+from toolkit.merging.recipes.vocabulary import EMBEDDINGS, HEADS, ends_with
 from toolkit.merging.sources import Source
-from toolkit.merging.vocabulary import EMBEDDINGS, HEADS, ends_with
+from toolkit.merging.streaming.folder_source import FolderSource
 from toolkit.paths import can_only_be_a_path
 
 DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")

@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from toolkit.merging.compute import Findings
 from toolkit.merging.plan import MergePlan
-from toolkit.merging.progress_file import plain
+from toolkit.merging.streaming.compute import Findings
+from toolkit.merging.streaming.progress_file import plain
 
 REPORT_NAME = "merge_report.json"
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from toolkit.config.names import did_you_mean
-from toolkit.merging.parameters import FISHER, NEEDLESS, converted, parameters_of
-from toolkit.merging.recipe import (
+from toolkit.merging.recipes.parameters import FISHER, NEEDLESS, converted, parameters_of
+from toolkit.merging.recipes.recipe import (
     FISHER_SETTINGS,
     MergeRecipe,
     ModelReference,

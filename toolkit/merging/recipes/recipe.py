@@ -1,6 +1,6 @@
 """What a user asks a merge to do, as it stands in a recipe file: mergekit's grammar and our additions to it.
 
-Nothing here has been compared with models yet; :mod:`toolkit.merging.resolve` does that.
+Nothing here has been compared with models yet; :mod:`toolkit.merging.recipes.resolve` does that.
 """
 
 from collections.abc import Iterator, Mapping

@@ -13,8 +13,16 @@ import numpy as np
 
 from toolkit.errors import ModelError
 from toolkit.merging.group import Reader
-from toolkit.merging.recipe import ModelReference, TokenizerRequest, TokenSource
-from toolkit.merging.rows import FirstRows, Integers, MeanOfAllRows, MeanRows, Zeros, gathered, wide_dtype
+from toolkit.merging.recipes.recipe import ModelReference, TokenizerRequest, TokenSource
+from toolkit.merging.recipes.rows import (
+    FirstRows,
+    Integers,
+    MeanOfAllRows,
+    MeanRows,
+    Zeros,
+    gathered,
+    wide_dtype,
+)
 
 # Endings of the names of tensors with one row for each token.
 EMBEDDINGS = (

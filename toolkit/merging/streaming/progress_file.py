@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.merging.compute import Findings
-from toolkit.merging.layout import Layout, Place
 from toolkit.merging.plan import MergePlan, OutputTensor, tensor_readers
-from toolkit.merging.safetensors_file import FileIdentity, header_sha256
+from toolkit.merging.streaming.compute import Findings
+from toolkit.merging.streaming.layout import Layout, Place
+from toolkit.merging.streaming.safetensors_file import FileIdentity, header_sha256
 
 PROGRESS_NAME = ".progress.jsonl"
 # Of the time since the last sync, at most this part goes into the next one.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit.config.values import shown
-from toolkit.merging.recipe import FISHER_SETTINGS, MergeRecipe, Scalar, Setting, Settings
+from toolkit.merging.recipes.recipe import FISHER_SETTINGS, MergeRecipe, Scalar, Setting, Settings
 from toolkit.merging.registry import REQUIRED, MergeMethod, Parameter, merge_methods
 
 FISHER = Parameter("fisher", str, REQUIRED, per_model=True)

@@ -15,17 +15,17 @@ from typing import Any, Literal
 
 from toolkit.durable import file_sha256, sync, write_json, write_text
 from toolkit.errors import Interrupted, ModelError
-from toolkit.merging.compute import Computer, Findings, check_tensor
-from toolkit.merging.interruption import stop_request
-from toolkit.merging.layout import Layout, lay_out
-from toolkit.merging.output_folder import OutputFolder, refuse_inputs
 from toolkit.merging.plan import MergePlan, tensor_readers
-from toolkit.merging.progress_file import PROGRESS_NAME, ProgressFile, digest_of, parameter_groups
-from toolkit.merging.report import REPORT_NAME, Report, Seconds, group_facts, input_facts
-from toolkit.merging.safetensors_file import CARRIER, FileIdentity
-from toolkit.merging.verify import verify
-from toolkit.merging.weights_writer import WeightsWriter
-from toolkit.merging.work import Work
+from toolkit.merging.streaming.compute import Computer, Findings, check_tensor
+from toolkit.merging.streaming.interruption import stop_request
+from toolkit.merging.streaming.layout import Layout, lay_out
+from toolkit.merging.streaming.output_folder import OutputFolder, refuse_inputs
+from toolkit.merging.streaming.progress_file import PROGRESS_NAME, ProgressFile, digest_of, parameter_groups
+from toolkit.merging.streaming.report import REPORT_NAME, Report, Seconds, group_facts, input_facts
+from toolkit.merging.streaming.safetensors_file import CARRIER, FileIdentity
+from toolkit.merging.streaming.verify import verify
+from toolkit.merging.streaming.weights_writer import WeightsWriter
+from toolkit.merging.streaming.work import Work
 from toolkit_kernels import dispatch
 from toolkit_kernels.pool import Pool
 

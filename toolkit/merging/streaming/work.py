@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.merging.compute import (
+from toolkit.merging.streaming.compute import (
     Computer,
     Findings,
     Prepared,
@@ -15,10 +15,10 @@ from toolkit.merging.compute import (
     piece_bounds,
     typed,
 )
-from toolkit.merging.layout import Place
-from toolkit.merging.progress_file import ProgressFile
-from toolkit.merging.safetensors_file import CARRIER
-from toolkit.merging.weights_writer import WeightsWriter
+from toolkit.merging.streaming.layout import Place
+from toolkit.merging.streaming.progress_file import ProgressFile
+from toolkit.merging.streaming.safetensors_file import CARRIER
+from toolkit.merging.streaming.weights_writer import WeightsWriter
 from toolkit_kernels.pool import Pool
 
 # Neighbouring tensors are computed together and written with one call, up to this many bytes and tensors.

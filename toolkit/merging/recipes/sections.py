@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit.errors import ModelError
-from toolkit.merging.model_inputs import ModelInput
-from toolkit.merging.parameters import Levels
-from toolkit.merging.recipe import (
+from toolkit.merging.recipes.model_inputs import ModelInput
+from toolkit.merging.recipes.parameters import Levels
+from toolkit.merging.recipes.recipe import (
     InputModel,
     MergeRecipe,
     ModelReference,
@@ -15,9 +15,9 @@ from toolkit.merging.recipe import (
     OutputSlice,
     Settings,
 )
-from toolkit.merging.recipe_checks import split_base
+from toolkit.merging.recipes.recipe_checks import split_base
+from toolkit.merging.recipes.slices import LayerList, Layers, is_before_layers, with_layers
 from toolkit.merging.registry import MergeMethod
-from toolkit.merging.slices import LayerList, Layers, is_before_layers, with_layers
 
 # What recipes call the parts of models with several, and the parts of tensor names that this means.
 MODULE_NAMES = {

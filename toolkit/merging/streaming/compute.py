@@ -11,7 +11,7 @@ from toolkit.errors import MeldkitError, MergeError, ModelError
 from toolkit.merging.group import PIECE_SIZE, MemoryReader, Reader, TensorGroup
 from toolkit.merging.order import call_method
 from toolkit.merging.plan import OutputTensor, tensor_readers
-from toolkit.merging.safetensors_file import CARRIER
+from toolkit.merging.streaming.safetensors_file import CARRIER
 from toolkit_kernels import sums
 from toolkit_kernels.backend import Backend
 from toolkit_kernels.rules import Consensus, FisherMean, Inputs, Keep, Piece, Rule, WeightedSum

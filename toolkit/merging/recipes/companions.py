@@ -15,14 +15,14 @@ from typing import Any
 
 from toolkit.config.names import did_you_mean
 from toolkit.errors import MergeError, ModelError
-from toolkit.merging.card import card
-from toolkit.merging.chat_templates import TEMPLATES
-from toolkit.merging.model_inputs import ModelInput, tie_word_embeddings
 from toolkit.merging.plan import OutputTensor
-from toolkit.merging.recipe import MergeRecipe, ModelReference
+from toolkit.merging.recipes.card import card
+from toolkit.merging.recipes.chat_templates import TEMPLATES
+from toolkit.merging.recipes.model_inputs import ModelInput, tie_word_embeddings
+from toolkit.merging.recipes.recipe import MergeRecipe, ModelReference
+from toolkit.merging.recipes.slices import TEXT_CONFIGS
+from toolkit.merging.recipes.vocabulary import EMBEDDINGS, HEADS, TOKENIZER_FILE, Unified, ends_with
 from toolkit.merging.registry import MergeMethod
-from toolkit.merging.slices import TEXT_CONFIGS
-from toolkit.merging.vocabulary import EMBEDDINGS, HEADS, TOKENIZER_FILE, Unified, ends_with
 from toolkit_kernels.spans import CODES
 
 RECIPE_NAME = "mergekit_config.yml"

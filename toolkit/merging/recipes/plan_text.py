@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.merging.layout import lay_out
 from toolkit.merging.plan import InputModel, MergePlan, OutputTensor, tensor_readers
+from toolkit.merging.streaming.layout import lay_out
 from toolkit.reporting.wording import size
 from toolkit_kernels.pool import num_cores
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.errors import MergeError
-from toolkit.merging.compute import Computer, Findings, as_bytes, is_copied, piece_bounds, typed
-from toolkit.merging.layout import Layout, Place
 from toolkit.merging.plan import MergePlan
-from toolkit.merging.report import Verified
-from toolkit.merging.safetensors_file import CARRIER, WeightsFile
+from toolkit.merging.streaming.compute import Computer, Findings, as_bytes, is_copied, piece_bounds, typed
+from toolkit.merging.streaming.layout import Layout, Place
+from toolkit.merging.streaming.report import Verified
+from toolkit.merging.streaming.safetensors_file import CARRIER, WeightsFile
 from toolkit_kernels import dispatch
 from toolkit_kernels.pool import Pool
 from toolkit_kernels.rules import Inputs

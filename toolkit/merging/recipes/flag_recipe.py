@@ -9,8 +9,8 @@ from toolkit.config.merge_command import RecipeOptions
 from toolkit.config.names import did_you_mean
 from toolkit.config.yaml_tree import parse_tree
 from toolkit.errors import ConfigError
-from toolkit.merging.recipe import MergeRecipe
-from toolkit.merging.recipe_file import build
+from toolkit.merging.recipes.recipe import MergeRecipe
+from toolkit.merging.recipes.recipe_file import build
 from toolkit.merging.registry import MergeMethod, merge_methods
 
 NAME = "the command line"

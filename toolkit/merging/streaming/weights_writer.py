@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from toolkit.errors import MergeError
-from toolkit.merging.layout import Layout
+from toolkit.merging.streaming.layout import Layout
 
 _CANNOT_PREALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from toolkit.merging.model_inputs import ModelInput
-from toolkit.merging.recipe import Location, MergeRecipe, ModelReference
+from toolkit.merging.recipes.model_inputs import ModelInput
+from toolkit.merging.recipes.recipe import Location, MergeRecipe, ModelReference
 from toolkit.merging.registry import MergeMethod
 from toolkit.paths import can_only_be_a_path
 
