@@ -3,8 +3,8 @@
     PYTHON bench/merge_arms.py meldkit|mergekit|copy CONFIG.yml OUT [--threads N]
 
 Prints one line of JSON: seconds from the first look at the configuration to the last byte of the output. Imports do not
-count, nor does syncing the output to the disk, which mergekit does not do. The mergekit arm runs under the interpreter of
-mergekit's own environment and imports nothing of meldkit.
+count, nor does syncing the output to the disk, which mergekit does not do. The mergekit arm runs under the interpreter
+of mergekit's own environment and imports nothing of meldkit.
 """
 
 import argparse

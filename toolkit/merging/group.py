@@ -49,6 +49,11 @@ class Reader(Protocol):
         ...
 
 
+def stored_dtype(reader: Reader) -> str:
+    """The type in which a model holds a tensor: the base's, where a reader adds an adapter to it in float32."""
+    return getattr(reader, "result_dtype", reader.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryReader:
     """A contiguous tensor of torch (or array of numpy) in memory."""

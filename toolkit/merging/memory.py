@@ -14,7 +14,7 @@ from toolkit.errors import InputError, MergeError, ModelError
 from toolkit.merging.group import PIECE_SIZE, FisherTensor, MemoryReader, TensorGroup
 from toolkit.merging.order import call_method
 from toolkit.merging.registry import MergeMethod, merge_methods
-from toolkit_kernels import dispatch
+from toolkit_kernels import dispatch, sums
 from toolkit_kernels.backend import Backend
 from toolkit_kernels.pool import Pool
 from toolkit_kernels.rules import BLOCK, FisherMean, Inputs, Piece, Rule, WeightedSum
@@ -72,68 +72,91 @@ def merge_state_dicts(
     if not first:
         return {}
     device = str(next(iter(first.values())).device)
-    kernels = dispatch.backend(backend, device)
     result = outputs(first, out, out_dtype)
-    names = [name for name, tensor in first.items() if tensor.is_floating_point()]
-    norms = _fisher_norms(fisher, kernels)
     with Pool(num_threads if device == "cpu" else 1) as pool:
-
-        def rule_and_group(name: str, parallel: bool) -> tuple[Rule | torch.Tensor, TensorGroup]:
-            group = TensorGroup(
-                name,
-                tuple(first[name].shape),
-                tuple(MemoryReader.of(state[name], f"state {k}") for k, state in enumerate(states)),
-                None if base is None else MemoryReader.of(base[name], "base"),
-                kernels,
-                _fisher_tensors(name, fisher, norms),
-                seed,
-                pool.map if parallel else map,
-                device,
-            )
-            rule, group, _ = call_method(chosen, group, arguments)
-            return rule, group
-
-        def merge(name: str, parallel: bool) -> None:
-            rule, group = rule_and_group(name, parallel)
-            target = result[name]
-            share = max(-(-group.size // (pool.num_threads * PIECE_SIZE)), 1) * PIECE_SIZE
-            pieces = _pieces(rule, group, target, share if parallel else max(group.size, BLOCK))
-            counts = (pool.map if parallel else map)(lambda piece: kernels.apply([piece])[0], pieces)
-            _refuse_non_finite(sum(int(count) for count in counts), name, states, base)
-            if on_progress is not None:
-                on_progress(target.numel() * target.element_size())
-
-        # A tensor that alone would keep the other threads waiting is shared among them.
-        total = sum(first[name].numel() for name in names)
-        wide = [name for name in names if first[name].numel() * 4 * pool.num_threads > total]
-        whole = sorted(set(names) - set(wide), key=lambda name: -first[name].numel())
+        kernels = dispatch.backend(backend, device)
+        merge = _Merge(chosen, arguments, states, base, fisher, result, seed, kernels, pool, on_progress)
+        names = [name for name, tensor in first.items() if tensor.is_floating_point()]
         if device == "cpu":
-            for name in wide:
-                merge(name, True)
-            pool.map(lambda name: merge(name, False), whole)
+            merge.on_threads(names)
         else:
-            _merge_in_one_launch(names, rule_and_group, result, kernels, states, base)
+            merge.in_one_launch(names)
     return result
 
 
-def _merge_in_one_launch(
-    names: Sequence[str],
-    rule_and_group: Callable[[str, bool], tuple[Rule | torch.Tensor, TensorGroup]],
-    result: Mapping[str, torch.Tensor],
-    kernels: Backend,
-    states: Sequence[State],
-    base: State | None,
-) -> None:
-    """On a GPU the whole state dict is one list of pieces: kernels launch once for all of them."""
-    pieces: list[Piece] = []
-    owners: list[str] = []
-    for name in names:
-        rule, group = rule_and_group(name, False)
-        for piece in _pieces(rule, group, result[name], max(group.size, BLOCK)):
-            pieces.append(piece)
-            owners.append(name)
-    for name, count in zip(owners, kernels.apply(pieces), strict=True):
-        _refuse_non_finite(int(count), name, states, base)
+class _Merge:
+    """One call of :func:`merge_state_dicts`, whose arguments it holds."""
+
+    def __init__(
+        self,
+        method: MergeMethod,
+        arguments: Mapping[str, Any],
+        states: Sequence[State],
+        base: State | None,
+        fisher: Sequence[State] | None,
+        result: Mapping[str, torch.Tensor],
+        seed: int,
+        kernels: Backend,
+        pool: Pool,
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        self.method, self.arguments, self.states, self.base = method, arguments, states, base
+        self.fisher, self.norms = fisher, _fisher_norms(fisher, kernels)
+        self.result, self.seed, self.kernels, self.pool = result, seed, kernels, pool
+        self.on_progress = on_progress
+
+    def on_threads(self, names: Sequence[str]) -> None:
+        """A tensor that alone would keep the other threads waiting is shared among them; the others are whole."""
+        total = sum(self.result[name].numel() for name in names)
+        wide = [name for name in names if self.result[name].numel() * 4 * self.pool.num_threads > total]
+        for name in wide:
+            self._merge(name, shared=True)
+        whole = sorted(set(names) - set(wide), key=lambda name: -self.result[name].numel())
+        self.pool.map(lambda name: self._merge(name, shared=False), whole)
+
+    def in_one_launch(self, names: Sequence[str]) -> None:
+        """On a GPU the whole state dict is one list of pieces: kernels launch once for all of them."""
+        pieces: list[Piece] = []
+        owners: list[str] = []
+        for name in names:
+            size = max(self.result[name].numel(), BLOCK)
+            for piece in _pieces(*self._rule(name, map), self.result[name], size):
+                pieces.append(piece)
+                owners.append(name)
+        for name, count in zip(owners, self.kernels.apply(pieces), strict=True):
+            _refuse_non_finite(int(count), name, self.states, self.base)
+        for name in names:
+            self._finished(name)
+
+    def _merge(self, name: str, *, shared: bool) -> None:
+        size = max(self.result[name].numel(), BLOCK)
+        if shared:
+            size = max(-(-size // (self.pool.num_threads * PIECE_SIZE)), 1) * PIECE_SIZE
+        rule, group = self._rule(name, self.pool.map if shared else map)
+        pieces = _pieces(rule, group, self.result[name], size)
+        counts = (self.pool.map if shared else map)(lambda piece: self.kernels.apply([piece])[0], pieces)
+        _refuse_non_finite(sum(int(count) for count in counts), name, self.states, self.base)
+        self._finished(name)
+
+    def _rule(self, name: str, parallel_map: sums.Map) -> tuple[Rule | torch.Tensor, TensorGroup]:
+        target = self.result[name]
+        group = TensorGroup(
+            name,
+            tuple(target.shape),
+            tuple(MemoryReader.of(state[name], f"state {k}") for k, state in enumerate(self.states)),
+            None if self.base is None else MemoryReader.of(self.base[name], "base"),
+            self.kernels,
+            _fisher_tensors(name, self.fisher, self.norms),
+            self.seed,
+            parallel_map,
+            str(target.device),
+        )
+        rule, group, _ = call_method(self.method, group, self.arguments)
+        return rule, group
+
+    def _finished(self, name: str) -> None:
+        if self.on_progress is not None:
+            self.on_progress(self.result[name].numel() * self.result[name].element_size())
 
 
 def _pieces(rule: Rule | torch.Tensor, group: TensorGroup, target: torch.Tensor, size: int) -> list[Piece]:

@@ -92,7 +92,7 @@ def merge_adapter_states(
     states: Sequence[Mapping[str, Any]],
     configs: Sequence[Any],
     weights: Sequence[float] | None = None,
-    mode: str = "svd",
+    mode: str = "concat",
     *,
     rank: int | None = None,
     normalize: bool = True,

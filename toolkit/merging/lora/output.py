@@ -66,7 +66,7 @@ def merge_adapters(
     folders: Sequence[Path],
     weights: Sequence[float] | None,
     out: Path,
-    mode: str = "svd",
+    mode: str = "concat",
     *,
     rank: int | None = None,
     normalize: bool = True,

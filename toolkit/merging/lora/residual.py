@@ -11,6 +11,7 @@ import numpy as np
 
 from toolkit import durable
 from toolkit.errors import ModelError
+from toolkit.merging.group import stored_dtype
 from toolkit.merging.lora import adapter_config
 from toolkit.merging.lora.adapter_source import AdaptedSource
 from toolkit.merging.lora.arrays import widened
@@ -76,7 +77,7 @@ def _plan(merged: MergedAdapter, base: Source, source: Source) -> MergePlan:
     tensors = []
     for name in source.names():
         reader = source.reader(name)
-        dtype = getattr(reader, "result_dtype", reader.dtype)
+        dtype = stored_dtype(reader)
         tensors.append(OutputTensor(name, reader.shape, dtype, (reader,)))
     inputs = [InputModel(base.label, "base", base.files)]
     inputs += [

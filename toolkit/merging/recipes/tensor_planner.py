@@ -7,7 +7,7 @@ from typing import Literal
 
 from toolkit.errors import ModelError
 from toolkit.merging.fisher_files import FisherFile, open_fisher
-from toolkit.merging.group import FisherTensor, Reader
+from toolkit.merging.group import FisherTensor, Reader, stored_dtype
 from toolkit.merging.plan import OutputTensor
 from toolkit.merging.recipes.model_inputs import ModelInput, same_elements
 from toolkit.merging.recipes.parameters import Levels, Resolver
@@ -126,7 +126,7 @@ class TensorPlanner:
         """Of the result: as the recipe says, else the type that holds the values of all inputs."""
         if wanted := self.recipe.out_dtype or self.recipe.dtype:
             return wanted
-        dtypes = {reader.dtype for reader in readers}
+        dtypes = {stored_dtype(reader) for reader in readers}
         if len(dtypes) == 1:
             return dtypes.pop()
         return "float64" if "float64" in dtypes else "float32"
