@@ -47,9 +47,16 @@ def _strip(values, k):
 
 
 @inlined
-def _last_in_strip(last, start):
-    """The last index of a set, counted from the strip's start and small enough for 32 bits."""
-    return np.int32(min(max(last - start, -1), STRIP))
+def _smallest_in(bits, last, here):
+    """The smallest magnitude that belongs to a set of largest elements from element ``here`` on, up to the next cut."""
+    return np.uint32(min(bits if here <= last else bits + 1, 0xFFFFFFFF))
+
+
+@inlined
+def _next_cut(last, start, begin, end):
+    """Where the elements that equal the smallest of a set stop to belong to it, if between ``begin`` and ``end``."""
+    cut = last + 1 - start
+    return cut if begin < cut and cut < end else end
 
 
 @shared
@@ -74,19 +81,18 @@ def _value_maker(element, base_element, difference):
             return
         _draw(row, start, n, random)
         random_max = np.uint32(load_int64(row, RANDOM_MAX))
-        among_bits, outside_bits = (
-            np.uint32(load_int64(row, AMONG_BITS)),
-            np.uint32(load_int64(row, OUTSIDE_BITS)),
-        )
-        among_last = _last_in_strip(load_int64(row, AMONG_LAST), start)
-        outside_last = _last_in_strip(load_int64(row, OUTSIDE_LAST), start)
-        for i in range(n):
-            bits, place = magnitude_bits(difference(theta, base, i)), np.int32(i)
-            stays = (bits > among_bits) | ((bits == among_bits) & (place <= among_last))
-            stays &= not ((bits > outside_bits) | ((bits == outside_bits) & (place <= outside_last)))
-            stays &= load_uint32(random, i) <= random_max
-            delta = element(theta, i) - base_element(base, i)
-            store_float64(values, i, weight * (rescale * delta) if stays else 0.0)
+        among_last, outside_last = load_int64(row, AMONG_LAST), load_int64(row, OUTSIDE_LAST)
+        begin = 0
+        while begin < n:
+            end = _next_cut(outside_last, start, begin, _next_cut(among_last, start, begin, n))
+            smallest = _smallest_in(load_int64(row, AMONG_BITS), among_last, start + begin)
+            too_large = _smallest_in(load_int64(row, OUTSIDE_BITS), outside_last, start + begin)
+            for i in range(begin, end):
+                bits = magnitude_bits(difference(theta, base, i))
+                stays = (bits >= smallest) & (bits < too_large) & (load_uint32(random, i) <= random_max)
+                delta = element(theta, i) - base_element(base, i)
+                store_float64(values, i, weight * (rescale * delta) if stays else 0.0)
+            begin = end
 
     return make_values
 
@@ -128,11 +134,6 @@ def _add_values(values, num_models, n, total):
         k += 1
 
 
-@inlined
-def _agrees(value, sign):
-    return (value > 0.0) if sign >= 0.0 else (value < 0.0)
-
-
 @shared
 def _add_elected(values, weights, num_models, n, sign, total, divisor):
     """Sums of the v_k, and of their weights, that have the sign of ``sign`` (that of zero is +)."""
@@ -144,8 +145,9 @@ def _add_elected(values, weights, num_models, n, sign, total, divisor):
         a, b = _strip(values, k), _strip(values, k + 1)
         w0, w1 = load_float64(weights, k), load_float64(weights, k + 1)
         for i in range(n):
-            x, y, s = load_float64(a, i), load_float64(b, i), load_float64(sign, i)
-            has_x, has_y = _agrees(x, s), _agrees(y, s)
+            x, y = load_float64(a, i), load_float64(b, i)
+            s = 1.0 if load_float64(sign, i) >= 0.0 else -1.0
+            has_x, has_y = x * s > 0.0, y * s > 0.0
             number = load_float64(total, i) + (x if has_x else 0.0)
             store_float64(total, i, number + (y if has_y else 0.0))
             number = load_float64(divisor, i) + (w0 if has_x else 0.0)
@@ -155,7 +157,7 @@ def _add_elected(values, weights, num_models, n, sign, total, divisor):
         a, w0 = _strip(values, k), load_float64(weights, k)
         for i in range(n):
             x = load_float64(a, i)
-            has_x = _agrees(x, load_float64(sign, i))
+            has_x = x * (1.0 if load_float64(sign, i) >= 0.0 else -1.0) > 0.0
             store_float64(total, i, load_float64(total, i) + (x if has_x else 0.0))
             store_float64(divisor, i, load_float64(divisor, i) + (w0 if has_x else 0.0))
 
