@@ -48,6 +48,16 @@ TORCH_FREE = (
     "terminal",
     "wheels",
     "collection",
+    "merging.adapter_merge",
+    "merging.commands",
+    "merging.fisher.commands",
+    "merging.group",
+    "merging.merge_progress",
+    "merging.order",
+    "merging.plan",
+    "merging.recipes",
+    "merging.registry",
+    "merging.streaming",
     "reporting.records",
     "reporting.resources",
     "reporting.trackers",
@@ -172,6 +182,18 @@ def test_folders_of_scripts_are_no_packages(folder: str) -> None:
     # A kernels/__init__.py hides Hugging Face's package of that name and breaks AutoModelForCausalLM.
     own = ROOT / "kernels" / "toolkit_kernels"
     assert [str(p) for p in (ROOT / folder).rglob("__init__.py") if own not in p.parents] == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS_OF_SCRIPTS)
+def test_no_script_has_the_name_of_a_library(folder: str) -> None:
+    # `python bench/x.py` puts bench/ first on the path: a bench/kernels.py there broke the import of transformers.
+    libraries = {Requirement(text).name for text in pyproject()["project"]["dependencies"]} | {
+        "kernels",
+        "triton",
+    }
+    assert {p.stem for p in (ROOT / folder).glob("*.py")} & {
+        name.replace("-", "_") for name in libraries
+    } == set()
 
 
 def test_setup_cfg_lists_the_packages_that_exist() -> None:

@@ -1,6 +1,7 @@
 """Kernels in memory against a copy and against what people write in torch, alternating in one process.
 
-    python bench/kernels.py [--out bench/results/kernels.json] [--num-elements 64Mi] [--threads 2] [--compile]
+    python bench/cpu_kernels.py [--out bench/results/cpu_kernels.json] [--num-elements 64Mi] [--threads 2]
+           [--compile]
 
 Each subject moves the bytes that its formula needs at least: every input read once, the output written once. It is
 compared with the faster of torch's copy_ and numpy's copyto in the same run. The order is forwards, then backwards;
@@ -260,7 +261,7 @@ def main() -> None:
         figures = f"{row['milliseconds']:9.1f} ms {row['nanoseconds_an_element']:8.3f} ns/element"
         print(f"{name:36} {figures} {row['gigabytes_a_second']:7.1f} GB/s {row['of_copy']:6.0%} of copy")
     settings = {
-        "command": "python bench/kernels.py",
+        "command": "python bench/cpu_kernels.py",
         "num_elements": arguments.num_elements,
         "threads": arguments.threads,
     }
