@@ -154,6 +154,26 @@ class LinearByTypeOnly(Toy):
         return self.mix(x_BTD)
 
 
+class MeanNorm(nn.Module):
+    """Looks like an RMS norm, and takes the mean out first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.randn(WIDTH)), 1e-6
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return nn.functional.layer_norm(x_BTD, (WIDTH,)) * self.weight
+
+
+class NormOfItsOwn(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = MeanNorm()
+
+    def hidden(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.norm(x_BTD)
+
+
 class RoutedTokens(Toy):
     """Experts that see whichever tokens, of all examples together, are theirs."""
 
@@ -204,6 +224,7 @@ class PositionsLookedUpOnce(Toy):
         (InputOverwritten, {"mix.weight"}),
         (OutputOverwritten, {"mix.weight", "mix.bias"}),
         (LinearByTypeOnly, {"mix.weight", "mix.bias"}),
+        (NormOfItsOwn, set()),
         (RoutedTokens, {f"experts.{n}.{own}" for n in range(3) for own in ("weight", "bias")}),
         (ConvolvedChannels, {"conv.weight", "conv.bias", "norm.weight", "norm.bias"}),
         (PositionsLookedUpOnce, {"position.weight"}),

@@ -86,6 +86,8 @@ class BatchEstimator:
                 raise
             self._recorder.broadcasts = False
             avoid = parameters_to_avoid(*arguments, self._first_log_likelihood)
+        if self._recorder.try_second_choice(avoid):
+            avoid = parameters_to_avoid(*arguments, self._first_log_likelihood)
         self._avoid(avoid)
 
     def _pair(self) -> Batch:

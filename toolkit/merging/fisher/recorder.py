@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from toolkit.merging.fisher.rules import Contribution, Rule, rule_of
+from toolkit.merging.fisher.rules import SECOND_CHOICE, Contribution, Rule, rule_of
 from toolkit.merging.fisher.squares import (
     Lookups,
     Products,
@@ -82,6 +82,14 @@ class Recorder:
             if layer.names:
                 hook = _hook_of(self, layer)
                 self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+
+    def try_second_choice(self, names: set[str]) -> bool:
+        """Give the layers of these parameters another rule; False where none has one."""
+        has_changed = False
+        for layer in self._layers:
+            if layer.rule in SECOND_CHOICE and not names.isdisjoint(layer.names.values()):
+                layer.rule, has_changed = SECOND_CHOICE[layer.rule], True
+        return has_changed
 
     def detach(self) -> None:
         for handle in self._handles:

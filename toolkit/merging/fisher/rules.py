@@ -31,8 +31,9 @@ def rule_of(module: nn.Module) -> Rule | None:
         if isinstance(module, layer_type):
             return rule
     own = dict(module.named_parameters(recurse=False))
-    is_leaf = not any(module.children())
-    return _scale if is_leaf and own and all(p.dim() == 1 for p in own.values()) else None
+    if any(module.children()) or not own or any(p.dim() != 1 for p in own.values()):
+        return None
+    return _scale if _epsilon(module) is None or own.keys() != {"weight"} else _probably_rms_norm
 
 
 def _linear(module: nn.Module, input_BTI: torch.Tensor, grad_BTO: torch.Tensor) -> dict[str, Contribution]:
@@ -89,8 +90,21 @@ def _rms_norm(module: nn.Module, input_BTD: torch.Tensor, grad_BTD: torch.Tensor
     return {"weight": normalised.mul_(grad_BTD)}
 
 
+def _epsilon(module: nn.Module) -> float | None:
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return epsilon if isinstance(epsilon, float) else None
+
+
+def _probably_rms_norm(
+    module: nn.Module, input_BTD: torch.Tensor, grad_BTD: torch.Tensor
+) -> dict[str, Contribution]:
+    """The RMS norms of transformers' models, which have no class in common: x̂ · weight or x̂ · (1 + weight)."""
+    normalised = nn.functional.rms_norm(input_BTD.float(), input_BTD.shape[-1:], eps=_epsilon(module))
+    return {"weight": normalised.mul_(grad_BTD)}
+
+
 def _scale(module: nn.Module, input_BTD: torch.Tensor, grad_BTD: torch.Tensor) -> dict[str, Contribution]:
-    """Any layer that multiplies or shifts its last dimension by vectors, as the RMS norms of transformers' models do.
+    """Any layer that multiplies or shifts its last dimension by vectors.
 
     Each example gets a copy of the vectors of its own (a broadcast one), and autograd differentiates by the copies.
     """
@@ -113,3 +127,5 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.LayerNorm: _layer_norm,
     nn.RMSNorm: _rms_norm,
 }
+SECOND_CHOICE: dict[Rule, Rule] = {_probably_rms_norm: _scale}
+"""What is tried where the first rule turns out to be wrong: slower, and right more often."""
