@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from toolkit_kernels import reference
+from toolkit_kernels.backend import Backend
 from toolkit_kernels.rules import (
     BLOCK,
     Consensus,
@@ -197,3 +198,22 @@ def assert_same(results: Sequence[Piece], expected: Sequence[Piece]) -> None:
                 f"{type(result.rule).__name__}, {result.out.size} elements, {dtypes} to {result.out.dtype}: "
                 f"{len(different)} differ, first at {i}: {got!r} instead of {right!r}"
             )
+
+
+def assert_inputs_are_only_read(backend: Backend, dtype: str) -> None:
+    """No call changes what it is given to read."""
+    for rule_name in RULES:
+        one = piece(rule_name, 1 if rule_name == "near_swap" else 3, 2 * BLOCK + 5, (dtype,), dtype)
+        inputs = one.inputs
+        spans = [*inputs.theta, *inputs.fisher, *([] if inputs.base is None else [inputs.base])]
+        before = [bits(each) for each in spans]
+        backend.apply([one])
+        backend.gram(inputs)
+        backend.histogram(inputs, None)
+        backend.histogram(inputs, [0x3F00] * len(inputs.theta))
+        backend.equal_positions(inputs, 0, HALF)
+        backend.non_finite(inputs)
+        backend.add_squares(span(np.zeros(inputs.size)), inputs.theta[0], 0.5)
+        assert all(np.array_equal(bits(each), old) for each, old in zip(spans, before, strict=True)), (
+            rule_name
+        )

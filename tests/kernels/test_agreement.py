@@ -153,6 +153,11 @@ def test_the_output_may_be_an_input(cases, any_backend, rule_name, which):
     cases.assert_same([in_place], [expected])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_inputs_are_only_read(cases, any_backend, dtype):
+    cases.assert_inputs_are_only_read(any_backend, dtype)
+
+
 def test_nothing_is_written_beside_the_output(cases, any_backend):
     """A guard on either side of an output that starts and ends at odd elements."""
     for dtype in ("bfloat16", "float16", "float32", "float64"):

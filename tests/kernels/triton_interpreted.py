@@ -229,6 +229,11 @@ def test_the_output_may_be_an_input(cases, triton_backend, rule_name, which):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_inputs_are_only_read(cases, triton_backend, dtype):
+    cases.assert_inputs_are_only_read(triton_backend, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_nothing_is_written_beside_the_output(cases, triton_backend, dtype):
     size = BLOCK + 1
     memory = torch.full((size + 10,), 7.0, dtype=getattr(torch, dtype))

@@ -92,7 +92,8 @@ class TritonBackend:
         found = [np.empty(0, np.int64)]
         with self._device(spans_of(inputs)):
             for start in range(0, inputs.size, COMPARED):
-                delta = as_tensor(inputs.theta[model].part(start, COMPARED)).double()
+                theta = as_tensor(inputs.theta[model].part(start, COMPARED))
+                delta = theta.to(torch.float64, copy=True)
                 if inputs.base is not None:
                     delta -= as_tensor(inputs.base.part(start, COMPARED))
                 equal = delta.abs_().float().view(torch.int32) == bits
