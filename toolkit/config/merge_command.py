@@ -1,8 +1,10 @@
 """The options of ``meldkit merge``: its own, mergekit's, and how its arguments are read.
 
-``meldkit merge RECIPE.yml OUT`` is ``--config RECIPE.yml --out OUT``; ``--models A B C`` is ``--models A,B,C``.
+``meldkit merge RECIPE.yml OUT`` is ``--config RECIPE.yml --out OUT``; ``--models A B C`` is ``--models A,B,C``. A path
+with a comma stays whole among several words, and where it exists.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +23,8 @@ DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 # Flags that take several values, one word each.
 SEVERAL_WORDS = ("models", "weights", "density", "fisher")
+# Those of them that are paths, which may have commas.
+PATHS = ("models", "fisher")
 # Letters of mergekit and ours.
 LETTERS = {"-j": "--num-threads", "-v": "--verbose", "-q": "--quiet"}
 
@@ -69,7 +73,8 @@ class RecipeOptions(Options):
     """The weight of each model; equal ones where none are given."""
 
     base: str | None = None
-    """The model that deltas are taken from; for slerp and nearswap the one at t = 0 (default: the first model)."""
+    """The model that deltas are taken from; for nearswap the one that moves; for slerp the one at t = 0, the first of
+    --models where none is given."""
 
     density: list[float] = Field(default_factory=list)
     """Share of the elements of a delta that is kept: one number, or one for each model."""
@@ -266,9 +271,12 @@ class _Words:
             self.positional.append(word)
             return
         self.out.append(word)
-        name, equals, _ = word[2:].replace("-", "_").partition("=")
+        flag, equals, value = word.partition("=")
+        name = flag[2:].replace("-", "_")
         option = self.options.get(name)
         if equals:
+            if name in PATHS:
+                self.out[-1:] = self.several(flag, [value])
             return
         if option is None:
             is_negation = name.startswith("no_") and name[3:] in self.options
@@ -287,7 +295,18 @@ class _Words:
         values = []
         while self.rest and self.is_value(self.rest[-1]):
             values.append(self.rest.pop())
-        self.out += [f"{flag}={value}" for value in values] or [flag]
+        self.out += self.several(flag, values) or [flag]
+
+    def several(self, flag: str, values: list[str]) -> list[str]:
+        """One argument for each value; in JSON where its commas separate nothing."""
+        may_have_commas = flag[2:].replace("-", "_") in PATHS
+        alone = len(values) == 1
+        return [
+            f"{flag}={json.dumps([value])}"
+            if may_have_commas and "," in value and (not alone or Path(value).expanduser().exists())
+            else f"{flag}={value}"
+            for value in values
+        ]
 
     def is_value(self, word: str) -> bool:
         return not word.startswith("-") or bool(NUMBER.fullmatch(word)) or word == "-"

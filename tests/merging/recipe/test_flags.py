@@ -40,10 +40,21 @@ def test_two_words_are_recipe_and_folder():
 
 def test_lists_take_words_commas_and_repetition():
     config = parsed(
-        "--models", "a", "b,c", "--weights", ".5", "-.3", "1e-1", "--models=d", "--out", "o", "--method", "m"
+        *("--models", "a,b", "--weights", ".5", "-.3,1e-1", "--models=c,d", "--models", "e"),
+        *("--out", "o", "--method", "m"),
     )
-    assert config.models == ["a", "b", "c", "d"]
+    assert config.models == ["a", "b", "c", "d", "e"]
     assert config.weights == [0.5, -0.3, 0.1]
+
+
+def test_a_path_with_a_comma_stays_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there,too").mkdir()
+    rest = ("--out", "o", "--method", "m")
+    assert parsed("--models", "one,half", "b", *rest).models == ["one,half", "b"]
+    assert parsed("--models", "there,too", *rest).models == ["there,too"]
+    assert parsed("--models=there,too", "--models=a,b", *rest).models == ["there,too", "a", "b"]
+    assert parsed("--fisher", "f,1", "f,2", *rest).fisher == ["f,1", "f,2"]
 
 
 def test_one_word_beside_a_method_is_the_folder():
@@ -113,7 +124,7 @@ def test_every_flag_has_an_effect_or_a_note():
 
     folder = Path(package.__file__ or "").parent
     read = "".join(
-        (folder / name).read_text() for name in ("commands.py", "adapter_merge.py", "flag_recipe.py")
+        (folder / name).read_text() for name in ("commands.py", "adapter_merge.py", "recipes/flag_recipe.py")
     )
     for name in MergeConfig.model_fields.keys() - MergekitOptions.model_fields.keys():
         assert re.search(rf"(config|options)\.{name}\b", read), name
