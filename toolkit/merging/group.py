@@ -16,7 +16,7 @@ from toolkit_kernels import sums
 from toolkit_kernels.backend import Backend
 from toolkit_kernels.philox import key_of
 from toolkit_kernels.rules import BLOCK, Floats, Inputs, Threshold
-from toolkit_kernels.spans import Span
+from toolkit_kernels.spans import ITEMSIZES, Span
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # Elements of one piece: inputs and output of a few models fit into the L2 cache of a core; a multiple of BLOCK
 # and a power of two.
 PIECE_SIZE = 256 * BLOCK
+# Below this many bytes a call of the system costs more than touching mapped pages.
+MIN_READ_BYTES = 1 << 16
+ALIGNMENT = 64
 # Pieces of a large tensor whose elements are counted: at most this many.
 NUM_COUNTED = 16
 
@@ -89,6 +92,30 @@ class FisherTensor:
     model_norm: float
 
 
+class Scratch:
+    """Memory of one thread for elements of files, used again for every piece."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+        self._used = 0
+
+    def begin(self, num_bytes: int) -> None:
+        """Everything taken so far is free again; ``num_bytes`` can be taken."""
+        self._used = 0
+        if len(self._bytes) < num_bytes:
+            self._bytes = np.empty(num_bytes, np.uint8)
+
+    def span(self, reader: Reader, start: int, size: int) -> Span:
+        """Elements of a reader, copied here where it reads from a file and they are many; else as it gives them."""
+        read = getattr(reader, "read", None)
+        num_bytes = size * ITEMSIZES.get(reader.dtype, 0)
+        if read is None or num_bytes < MIN_READ_BYTES or self._used + num_bytes > len(self._bytes):
+            return reader.span(start, size)
+        memory = self._bytes[self._used : self._used + num_bytes]
+        self._used += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        return read(start, size, memory)
+
+
 @dataclass(frozen=True)
 class TensorGroup:
     """The tensor ``name`` of K models, and of the base where there is one.
@@ -132,15 +159,32 @@ class TensorGroup:
         """The group as inputs of kernels, in order. ``base`` and ``fisher`` say what a piece carries."""
         return [self.piece(start, base=base, fisher=fisher, size=size) for start in range(0, self.size, size)]
 
-    def piece(self, start: int, *, base: bool, fisher: bool = False, size: int = PIECE_SIZE) -> Inputs:
-        """The ``size`` elements from ``start`` on, or as many as there are."""
+    def piece(
+        self,
+        start: int,
+        *,
+        base: bool,
+        fisher: bool = False,
+        size: int = PIECE_SIZE,
+        scratch: Scratch | None = None,
+    ) -> Inputs:
+        """The ``size`` elements from ``start`` on, or as many as there are; in ``scratch`` until it begins anew."""
         size = min(size, self.size - start)
         if fisher and any(entry is None for entry in self.fisher):
             raise ValueError(f"{self.name}: a model has no Fisher for this tensor")
+        readers = [*self.models, *([self.base] if base and self.base is not None else [])]
+        fishers = [entry.reader for entry in self.fisher if entry] if fisher else []
+        if scratch is None:
+            spans = [reader.span(start, size) for reader in (*readers, *fishers)]
+        else:
+            needed = sum(size * ITEMSIZES.get(reader.dtype, 0) + ALIGNMENT for reader in (*readers, *fishers))
+            scratch.begin(needed)
+            spans = [scratch.span(reader, start, size) for reader in (*readers, *fishers)]
+        num_models = len(self.models)
         return Inputs(
-            tuple(reader.span(start, size) for reader in self.models),
-            self.base.span(start, size) if base and self.base is not None else None,
-            tuple(entry.reader.span(start, size) for entry in self.fisher if entry) if fisher else (),
+            tuple(spans[:num_models]),
+            spans[num_models] if len(readers) > num_models else None,
+            tuple(spans[len(readers) :]),
             start,
         )
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.errors import MeldkitError, MergeError, ModelError
-from toolkit.merging.group import PIECE_SIZE, MemoryReader, Reader, TensorGroup
+from toolkit.merging.group import PIECE_SIZE, MemoryReader, Reader, Scratch, TensorGroup
 from toolkit.merging.order import call_method
 from toolkit.merging.plan import OutputTensor, tensor_readers
 from toolkit.merging.streaming.safetensors_file import CARRIER
@@ -36,14 +36,15 @@ class Prepared:
     rule: Rule
     order: Sequence[int] = ()
 
-    def inputs(self, start: int) -> Inputs:
+    def inputs(self, start: int, scratch: Scratch | None) -> Inputs:
         """Of the piece that begins at element ``start``."""
         rule = self.rule
         needs_base = rule.base_weight is not None if isinstance(rule, WeightedSum) else True
-        return self.group.piece(start, base=needs_base, fisher=isinstance(rule, FisherMean))
+        fisher = isinstance(rule, FisherMean)
+        return self.group.piece(start, base=needs_base, fisher=fisher, scratch=scratch)
 
-    def piece(self, start: int, out: Span) -> "Piece":
-        return Piece(self.inputs(start), self.rule, out)
+    def piece(self, start: int, out: Span, scratch: Scratch | None) -> "Piece":
+        return Piece(self.inputs(start, scratch), self.rule, out)
 
 
 @dataclass(slots=True)
@@ -161,18 +162,24 @@ class Computer:
             return Prepared(tensor, group, ONE)
         return Prepared(tensor, group, result, order)
 
-    def compute(self, parts: Sequence[tuple[Prepared, int, Span]], findings: Findings) -> None:
+    def compute(
+        self,
+        parts: Sequence[tuple[Prepared, int, Span]],
+        findings: Findings,
+        scratch: Scratch | None = None,
+    ) -> None:
         """Write elements of tensors, each part from its start on, in one call of the kernels.
 
         Args:
             parts: tensor, index of the first element (a multiple of PIECE_SIZE), memory for the result.
             findings: gets what is not finite in inputs.
+            scratch: memory for elements of files, of this thread; only for a single part.
 
         Raises:
             ModelError: an input holds NaN or infinity.
             MergeError: the result does, and no input.
         """
-        pieces = [prepared.piece(start, out) for prepared, start, out in parts]
+        pieces = [prepared.piece(start, out, scratch) for prepared, start, out in parts]
         counts = self.backend.apply(pieces)
         for (prepared, start, out), piece, count in zip(parts, pieces, counts.tolist(), strict=True):
             count += self._num_hidden(piece)

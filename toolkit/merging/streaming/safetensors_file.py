@@ -11,6 +11,7 @@ prevent.
 """
 
 import hashlib
+import io
 import json
 import mmap
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from toolkit.errors import MergeError, ModelError
 from toolkit_kernels.spans import CARRIERS, Span
@@ -267,6 +269,7 @@ class WeightsFile:
         self.header = read_header(path)
         self.num_bytes = self.header.identity.num_bytes
         self._map: mmap.mmap | None = None
+        self._stream: io.FileIO | None = None
         self._lock = threading.Lock()
 
     def reader(self, name: str) -> "FileReader":
@@ -281,6 +284,21 @@ class WeightsFile:
         if mapping.size() != self.num_bytes:  # touching a page behind the end would be SIGBUS
             raise MergeError(f"{self.path} was cut off or extended while it was being merged")
         return mapping
+
+    def descriptor(self) -> int:
+        """Of the open file; it is closed when nothing refers to this object."""
+        return (self._stream or self._opened()).fileno()
+
+    def _opened(self) -> io.FileIO:
+        with self._lock:
+            if self._stream is None:
+                try:
+                    stream = io.FileIO(self.path)
+                except OSError as error:
+                    raise MergeError(f"{self.path}: {error.strerror}") from error
+                self.header.identity.check(stream.fileno())
+                self._stream = stream
+            return self._stream
 
     def _mapped(self) -> mmap.mmap:
         with self._lock:
@@ -322,3 +340,16 @@ class FileReader:
         values = np.frombuffer(self.file.mapping(), self.carrier, size, place)
         # The format promises no alignment. The mapping itself begins at a page.
         return Span(values.copy() if place % itemsize else values, self.dtype)
+
+    def read(self, start: int, size: int, memory: NDArray[np.uint8]) -> Span:
+        """The same elements copied into ``memory``, whose first bytes are used.
+
+        Where elements are read once this is faster than a mapping, whose pages must be entered in a table and taken
+        out of it again.
+        """
+        num_bytes = size * self.carrier.itemsize
+        target = memory[:num_bytes]
+        num_read = os.preadv(self.file.descriptor(), [target.data], self.place + start * self.carrier.itemsize)
+        if num_read != num_bytes:
+            raise MergeError(f"{self.where} was cut off while it was being merged")
+        return Span(target.view(self.carrier), self.dtype)

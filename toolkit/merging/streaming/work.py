@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from toolkit.merging.group import Scratch
 from toolkit.merging.streaming.compute import (
     Computer,
     Findings,
@@ -112,7 +113,8 @@ class Work:
                 content = self._computer.copy(tensor, start, size, seen)
             else:
                 memory = self._buffer(size * itemsize)
-                self._computer.compute([(prepared, start, typed(memory, tensor.dtype))], seen)
+                parts = [(prepared, start, typed(memory, tensor.dtype))]
+                self._computer.compute(parts, seen, self._scratch())
                 content = memory.data
             self._writer.write(place.shard, place.start + start * itemsize, content)
             return seen
@@ -133,6 +135,13 @@ class Work:
         if memory is None or len(memory) < num_bytes:
             memory = self._memory.bytes = np.empty(max(num_bytes, RUN_BYTES), np.uint8)
         return memory[:num_bytes]
+
+    def _scratch(self) -> Scratch:
+        """Of this thread."""
+        scratch = getattr(self._memory, "scratch", None)
+        if scratch is None:
+            scratch = self._memory.scratch = Scratch()
+        return scratch
 
     def _finished(self, first: int, last: int, num_bytes: int, findings: Findings) -> None:
         self._progress.finished(first, last, findings)
