@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import stat
 from pathlib import Path
 
@@ -121,6 +122,45 @@ def test_the_template_of_most_models(write_recipe, trio, tmp_path, make_model):
 def test_templates_that_are_none(companions_of, value, words):
     with pytest.raises(ModelError, match=re.escape(words)):
         companions_of(LINEAR + f"chat_template: {value}\n")
+
+
+def test_exaone_marks_every_turn(companions_of):
+    from jinja2 import Environment
+
+    out, _ = companions_of(LINEAR + "chat_template: exaone\n")
+    template = Environment().from_string((out / "chat_template.jinja").read_text())
+    asked = [{"role": "user", "content": "Hi"}]
+    talk = [*asked, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "Go"}]
+    assert template.render(messages=asked, add_generation_prompt=True) == (
+        "[|system|][|endofturn|]\n[|user|]Hi\n[|assistant|]"
+    )
+    assert template.render(messages=[{"role": "system", "content": "Be kind"}, *talk]) == (
+        "[|system|]Be kind[|endofturn|]\n[|user|]Hi\n[|assistant|]Yes[|endofturn|]\n[|user|]Go\n"
+    )
+
+
+@pytest.mark.parametrize("value", ["auto", "{path}"])
+def test_a_template_that_is_no_text_is_named(write_recipe, tmp_path, make_model, value):
+    folder = make_model("m", {"x": np.ones(2, np.float32)})
+    path = folder / "chat_template.jinja"
+    path.write_bytes(b"{{ '\xff' }} is no UTF-8")
+    with pytest.raises(ModelError, match=r"m/chat_template\.jinja cannot be read: .*utf-8"):
+        write_of(write_recipe, tmp_path, folder, f"chat_template: {value.format(path=path)}\n")
+
+
+def test_token_ids_are_those_of_the_tokenizer(companions_of, trio, tmp_path):
+    other = shutil.copytree(trio["b"], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"bos_token_id": 7, "eos_token_id": 8}))
+    own = json.loads((trio["a"] / "generation_config.json").read_text())
+    assert {"bos_token_id", "eos_token_id"} <= own.keys()
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [8, 9], "top_k": 3}))
+    text = LINEAR.replace("{{model: {b}}}", f"{{{{model: {other}}}}}")
+    out, _ = companions_of(text + f"tokenizer_source: {other}\n")
+    written = json.loads((out / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (7, 8)
+    found = json.loads((out / "generation_config.json").read_text())
+    assert found == own | {"bos_token_id": 7, "eos_token_id": [8, 9]}  # the rest stays the donor's
 
 
 def test_a_model_without_tokenizer_is_noted(write_recipe, tmp_path, a_model):

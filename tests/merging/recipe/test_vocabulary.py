@@ -11,7 +11,8 @@ from toolkit.errors import ModelError
 from toolkit.merging.group import MemoryReader
 from toolkit.merging.recipes.recipe import Location, ModelReference, TokenizerRequest, TokenSource
 from toolkit.merging.recipes.rows import widened
-from toolkit.merging.recipes.vocabulary import Truncated, has_row_for_each_token, unify
+from toolkit.merging.recipes.tokenizer import unify
+from toolkit.merging.recipes.vocabulary import Truncated, has_row_for_each_token
 from toolkit_kernels.spans import Span
 
 NAME = "model.embed_tokens.weight"
@@ -148,8 +149,18 @@ def test_a_token_that_no_model_has_is_zero_and_noted(folders):
 def test_a_model_without_tokenizer_is_taken_to_have_the_bases(folders):
     (folders[B] / "tokenizer.json").unlink()
     found = unified(folders, "base")
-    assert found.notes == ["b has no tokenizer.json: taken to have the tokens of a"]
+    assert found.notes == ["b has no tokenizer: taken to have the tokens of a"]
     np.testing.assert_array_equal(rows_of(found)[B], ROWS[B])
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken", "tokenizer_config.json"]
+)
+def test_a_tokenizer_in_another_form_is_not_taken_to_be_the_bases(folders, name):
+    (folders[B] / "tokenizer.json").rename(folders[B] / name)
+    with pytest.raises(ModelError, match=rf"merge\.yml:1: .*b has {name} and no tokenizer\.json") as caught:
+        unified(folders, "base")
+    assert "save_pretrained" in str(caught.value)
 
 
 def test_a_base_without_tokenizer_is_an_error(folders):

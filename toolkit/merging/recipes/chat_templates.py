@@ -34,5 +34,14 @@ ALPACA = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
 )
+# Every turn but the user's ends with a token of its own; a system turn is there always, empty or not.
+EXAONE = (
+    "{% if messages and messages[0]['role'] != 'system' %}{{ '[|system|][|endofturn|]\\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '[|' + message['role'] + '|]' + message['content'] }}"
+    "{{ '\\n' if message['role'] == 'user' else '[|endofturn|]\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[|assistant|]' }}{% endif %}"
+)
 
-TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "alpaca": ALPACA}
+TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "alpaca": ALPACA, "exaone": EXAONE}

@@ -1,11 +1,9 @@
 """Everything of the result but weights: configuration, tokenizer, chat template, recipe, model card.
 
-Files are copied by content and never run. A link is followed only within its folder, or into the blobs of the hub's
-cache, where the files of a snapshot lie.
+Files are copied and never run.
 """
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,44 +12,34 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config.names import did_you_mean
-from toolkit.errors import MergeError, ModelError
+from toolkit.errors import ModelError
 from toolkit.merging.plan import OutputTensor
 from toolkit.merging.recipes.card import card
 from toolkit.merging.recipes.chat_templates import TEMPLATES
+from toolkit.merging.recipes.companion_files import copy_file, read_json, read_text, write
 from toolkit.merging.recipes.model_inputs import ModelInput, tie_word_embeddings
 from toolkit.merging.recipes.recipe import MergeRecipe, ModelReference
 from toolkit.merging.recipes.slices import TEXT_CONFIGS
-from toolkit.merging.recipes.vocabulary import EMBEDDINGS, HEADS, TOKENIZER_FILE, Unified, ends_with
+from toolkit.merging.recipes.tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILE, VOCABULARY_FILES
+from toolkit.merging.recipes.vocabulary import EMBEDDINGS, HEADS, Unified, ends_with
 from toolkit.merging.registry import MergeMethod
 from toolkit_kernels.spans import CODES
 
 RECIPE_NAME = "mergekit_config.yml"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
+    *VOCABULARY_FILES,
     "merges.txt",
     TEMPLATE_FILE,
     "chat_template.json",
 )
-# They list tokens too, and know nothing of those that a merge adds to tokenizer.json.
-WITHOUT_ADDED_TOKENS = (
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-)
+GENERATION_CONFIG = "generation_config.json"
 OTHER_FILES = (
-    "generation_config.json",
+    GENERATION_CONFIG,
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
@@ -118,14 +106,17 @@ class Companions:
         origin = self.donor.source.folder
         for name in OTHER_FILES:
             copy_file(origin, name, folder)
+        generation = read_json(folder / GENERATION_CONFIG)
+        if self._set_token_ids(generation, "config.json", GENERATION_CONFIG):
+            self._write_json(folder / GENERATION_CONFIG, generation)
         if self.copy_code and self.config.get("auto_map"):
             for path in sorted(origin.glob("*.py")):
                 copy_file(origin, path.name, folder)
         if self.copy_tokenizer and self._tokenizer_files():
             self._write_tokenizer(folder)
-        _write(folder / RECIPE_NAME, self.recipe.text)
+        write(folder / RECIPE_NAME, self.recipe.text)
         if self.write_card:
-            _write(folder / "README.md", card(self.recipe, self.method, self.inputs))
+            write(folder / "README.md", card(self.recipe, self.method, self.inputs))
 
     # --- config.json
 
@@ -173,10 +164,21 @@ class Companions:
             for part in (config, text):
                 if "vocab_size" in part or part is text:
                     part["vocab_size"] = embedding.shape[0]
+        for part in (config, text):
+            self._set_token_ids(part, "config.json")
+
+    def _set_token_ids(self, settings: dict[str, Any], *names: str) -> bool:
+        """Where the tokenizer is not the donor's: the numbers of special tokens by the files beside it, last one first.
+
+        Returns:
+            Whether anything changed.
+        """
+        before = dict(settings)
         if self.unified is not None and self.unified.origin != self.donor.tokenizer_folder:
-            other = _read_json(self.unified.origin / "config.json")
-            for part in (config, text):
-                part.update({key: other[key] for key in TOKEN_IDS if key in part and key in other})
+            for name in names:
+                says = read_json(self.unified.origin / name)
+                settings.update({key: says[key] for key in TOKEN_IDS if key in settings and key in says})
+        return settings != before
 
     # --- tokenizer
 
@@ -190,19 +192,18 @@ class Companions:
     def _write_tokenizer(self, folder: Path) -> None:
         changed = self.unified.tokenizer if self.unified is not None else None
         for name in self._tokenizer_files():
-            if changed is not None and (
-                name in WITHOUT_ADDED_TOKENS or name in (TOKENIZER_FILE, "added_tokens.json")
-            ):
+            # The other forms know nothing of the tokens that a merge adds to tokenizer.json.
+            if changed is not None and name in (*VOCABULARY_FILES, TOKENIZER_FILE, "added_tokens.json"):
                 continue
             copy_file(self.tokenizer_folder, name, folder)
         if changed is not None:
-            _write(folder / TOKENIZER_FILE, changed.to_str(pretty=True))
+            write(folder / TOKENIZER_FILE, changed.to_str(pretty=True))
         if self.chat_template is not None:
             path = folder / TOKENIZER_CONFIG
-            settings = _read_json(path)
+            settings = read_json(path)
             if settings.pop("chat_template", None) is not None:
                 self._write_json(path, settings)
-            _write(folder / TEMPLATE_FILE, self.chat_template)
+            write(folder / TEMPLATE_FILE, self.chat_template)
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -219,7 +220,7 @@ class Companions:
         )
         path = Path(wanted).expanduser()
         if template is None and "\n" not in wanted and path.suffix == ".jinja" and path.is_file():
-            template = path.read_text(encoding="utf-8")
+            template = read_text(path)
         if template is None:
             names = ", ".join(("auto", *TEMPLATES))
             raise ModelError(
@@ -231,15 +232,15 @@ class Companions:
 
     @staticmethod
     def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-        _write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def template_of(folder: Path) -> str | None:
     """The chat template of a folder's tokenizer."""
     path = folder / TEMPLATE_FILE
     if path.is_file():
-        return path.read_text(encoding="utf-8").strip()
-    template = _read_json(folder / TOKENIZER_CONFIG).get("chat_template")
+        return read_text(path).strip()
+    template = read_json(folder / TOKENIZER_CONFIG).get("chat_template")
     if isinstance(template, list):  # several, by name
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
@@ -255,45 +256,3 @@ def _check_template(template: str) -> None:
     except TemplateSyntaxError as error:
         if "generation" not in str(error):  # a tag of transformers, which marks what the assistant says
             raise ModelError(f"chat_template, line {error.lineno}: {error.message}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from None
-    return value if isinstance(value, dict) else {}
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-
-
-def copy_file(origin: Path, name: str, folder: Path) -> None:
-    """Copy the content of a file that is there."""
-    path = origin / name
-    if not path.is_file():
-        return
-    target = path.resolve()
-    if not any(target.is_relative_to(allowed) for allowed in _allowed(origin)):
-        raise MergeError(
-            f"{path} is a link to {target}, outside of the model's folder",
-            hint="copy the file there in place of the link",
-        )
-    try:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(target, folder / name)
-        (folder / name).chmod(0o644)
-    except OSError as error:
-        raise MergeError(f"{path} cannot be copied: {error.strerror}") from error
-
-
-def _allowed(origin: Path) -> list[Path]:
-    """Where links of a folder may lead: into it, and from a snapshot of the hub's cache to the blobs of the model."""
-    own = origin.resolve()
-    if own.parent.name == "snapshots":
-        return [own, own.parent.parent / "blobs"]
-    return [own]

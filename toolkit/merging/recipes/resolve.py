@@ -16,7 +16,8 @@ from toolkit.merging.recipes.recipe import Location, MergeRecipe, ModelReference
 from toolkit.merging.recipes.recipe_checks import notes_on_settings
 from toolkit.merging.recipes.sections import donor_of, sections_of
 from toolkit.merging.recipes.tensor_planner import TensorPlanner
-from toolkit.merging.recipes.vocabulary import Alignment, Truncated, Unified, unify
+from toolkit.merging.recipes.tokenizer import unify
+from toolkit.merging.recipes.vocabulary import Alignment, Truncated, Unified
 from toolkit.merging.registry import MergeMethod, merge_methods
 
 

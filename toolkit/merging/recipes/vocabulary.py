@@ -1,10 +1,10 @@
-"""Models with different vocabularies: one tokenizer for the result, and each model's embeddings in its order.
+"""Models with different vocabularies: each model's embeddings in the order of the result's.
 
 A token that a model lacks gets an embedding by mergekit's rules: of the only model that has it, else of the base, else
 the mean of the models that have it; zeros where none has it; or what the recipe says.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from toolkit.errors import ModelError
 from toolkit.merging.group import Reader
-from toolkit.merging.recipes.recipe import ModelReference, TokenizerRequest, TokenSource
+from toolkit.merging.recipes.recipe import ModelReference, TokenSource
 from toolkit.merging.recipes.rows import (
     FirstRows,
     Integers,
@@ -46,7 +46,6 @@ HEAD_BIASES = (
     "cls.predictions.decoder.bias",
     "lm_head.decoder.bias",
 )
-TOKENIZER_FILE = "tokenizer.json"
 
 
 def ends_with(name: str, endings: tuple[str, ...]) -> bool:
@@ -248,91 +247,3 @@ class _Rows:
         shown = ", ".join(repr(names.get(number, f"number {number}")) for number in numbers[:5])
         more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
         self.unified.notes.append(f"{self.name}: no model has an embedding of {shown}{more}; they are zeros")
-
-
-# --- the tokenizer of the result
-
-
-def unify(
-    request: TokenizerRequest,
-    base: ModelReference,
-    models: Mapping[ModelReference, Path],
-    base_folder: Path,
-    folder_of: Callable[[ModelReference], Path],
-) -> Unified:
-    """The tokenizer that a recipe asks for, and the vocabularies of all models.
-
-    Args:
-        base: the recipe's base model, else its first model.
-        models: every model that is merged, and the folder of its tokenizer.
-        base_folder: the folder of the base's tokenizer.
-        folder_of: where another model lies, whose tokenizer alone is asked for.
-
-    Raises:
-        ModelError: a tokenizer is missing or cannot be read.
-    """
-    notes: list[str] = []
-    tokenizers = {model: _load(folder) for model, folder in models.items()}
-    if isinstance(request.source, ModelReference):
-        origin = models.get(request.source) or folder_of(request.source)
-    else:
-        origin = base_folder
-    chosen = _load(origin)
-    if chosen is None:
-        hint = "write it with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        raise ModelError(f"{request.place}: {origin} has no {TOKENIZER_FILE}", hint=hint)
-    vocabularies: dict[ModelReference, dict[str, int]] = {}
-    for model, tokenizer in tokenizers.items():
-        if tokenizer is None:
-            notes.append(f"{model} has no {TOKENIZER_FILE}: taken to have the tokens of {base}")
-        own = tokenizer or tokenizers.get(base) or chosen
-        vocabularies[model] = own.get_vocab(with_added_tokens=True)
-    num_added = 0
-    if request.source == "union":
-        num_added += _add_all(
-            chosen, [t for model, t in tokenizers.items() if t is not None and model != base]
-        )
-    missing = [token for token in request.tokens if chosen.token_to_id(token) is None]
-    num_added += chosen.add_tokens(missing) if missing else 0
-    return Unified(
-        tokens=chosen.get_vocab(with_added_tokens=True),
-        vocabularies=vocabularies,
-        base=base,
-        origin=origin,
-        tokenizer=chosen if num_added else None,
-        requests=request.tokens,
-        pad_to_multiple_of=request.pad_to_multiple_of,
-        keeps_rows=request.source != "union" or not num_added,
-        notes=notes,
-    )
-
-
-def _load(folder: Path) -> Any:
-    """The tokenizer of a folder, or None where there is none in the form of the tokenizers library."""
-    path = folder / TOKENIZER_FILE
-    if not path.is_file():
-        return None
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ModelError(f"{path} cannot be read: {error}") from None
-
-
-def _add_all(tokenizer: Any, others: Sequence[Any]) -> int:
-    """Add the tokens of others, model by model, ordinary ones before added ones, each by its number there."""
-    from tokenizers import AddedToken
-
-    known = tokenizer.get_vocab(with_added_tokens=True)
-    special = [token for other in others for _, token in sorted(other.get_added_tokens_decoder().items())]
-    contents = {token.content for token in special}
-    ordinary: dict[str, None] = {}
-    for other in others:
-        vocabulary = other.get_vocab(with_added_tokens=True)
-        for token in sorted(vocabulary, key=vocabulary.__getitem__):
-            if token not in known and token not in contents:
-                ordinary[token] = None
-    tokens = [AddedToken(token, special=False) for token in ordinary]
-    tokens += [token for token in special if token.content not in known]
-    return tokenizer.add_tokens(tokens) if tokens else 0
