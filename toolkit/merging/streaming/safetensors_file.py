@@ -11,7 +11,6 @@ prevent.
 """
 
 import hashlib
-import io
 import json
 import mmap
 import os
@@ -19,6 +18,7 @@ import stat
 import struct
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -269,7 +269,7 @@ class WeightsFile:
         self.header = read_header(path)
         self.num_bytes = self.header.identity.num_bytes
         self._map: mmap.mmap | None = None
-        self._stream: io.FileIO | None = None
+        self._descriptor: int | None = None
         self._lock = threading.Lock()
 
     def reader(self, name: str) -> "FileReader":
@@ -287,18 +287,16 @@ class WeightsFile:
 
     def descriptor(self) -> int:
         """Of the open file; it is closed when nothing refers to this object."""
-        return (self._stream or self._opened()).fileno()
-
-    def _opened(self) -> io.FileIO:
         with self._lock:
-            if self._stream is None:
+            if self._descriptor is None:
                 try:
-                    stream = io.FileIO(self.path)
+                    descriptor = os.open(self.path, os.O_RDONLY)
                 except OSError as error:
                     raise MergeError(f"{self.path}: {error.strerror}") from error
-                self.header.identity.check(stream.fileno())
-                self._stream = stream
-            return self._stream
+                weakref.finalize(self, os.close, descriptor)
+                self.header.identity.check(descriptor)
+                self._descriptor = descriptor
+            return self._descriptor
 
     def _mapped(self) -> mmap.mmap:
         with self._lock:
