@@ -3,6 +3,7 @@
 import keyword
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 REQUIRED: Any = object()
 
 MergeFunction = Callable[..., "Rule | torch.Tensor"]
+WeightsCheck = Callable[[Mapping[str, Any]], str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +28,34 @@ class Parameter:
 
     Attributes:
         name: as in a recipe file. The function's argument has the same name (``lambda_`` for ``lambda``).
-        kind: float, int, bool or str.
+        kind: float, int, bool, str, or Path for a file that the method reads: it counts among the merge's inputs.
         default: REQUIRED where there is none.
         per_model: every model (not the base) has its own; the function gets a float64 array [K], or a list.
+        bounds: smallest and largest value; None for any.
+        choices: the values of a text; none for any.
     """
 
     name: str
     kind: type
     default: Any
     per_model: bool = False
+    bounds: tuple[float, float] | None = None
+    choices: tuple[str, ...] = ()
 
     @property
     def argument(self) -> str:
         """The function's name for it."""
         return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
+
+    def check(self, value: Any) -> None:
+        """Raises ValueError where a value of ``kind`` cannot be meant; the message completes ``density: ...``."""
+        if self.bounds is not None and not self.bounds[0] <= value <= self.bounds[1]:
+            low, high = self.bounds
+            what = f"does not lie between {low:g} and {high:g}" if isfinite(high) else f"is less than {low:g}"
+            raise ValueError(f"{value:g} {what}")
+        if self.choices and value not in self.choices:
+            advice = did_you_mean(value, self.choices)
+            raise ValueError(f"'{value}' is not one of {', '.join(self.choices)}{advice}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +75,8 @@ class MergeMethod:
         needs_fisher: each model brings a Fisher file.
         ordered: the order of the models has a meaning. Otherwise it must not change the result, and the function gets
             them in an order of their own (:mod:`toolkit.merging.order`).
+        check: what is wrong with weights that are allowed one by one, whatever the tensor; None where nothing is. Asked
+            with the arguments of ``function``, while a merge is planned.
     """
 
     name: str
@@ -71,6 +89,7 @@ class MergeMethod:
     parameters: tuple[Parameter, ...]
     needs_fisher: bool = False
     ordered: bool = False
+    check: WeightsCheck | None = None
 
     def arguments(self, given: Mapping[str, Any], num_models: int) -> dict[str, Any]:
         """The keyword arguments of ``function`` from parameters as a user gives them.
@@ -118,6 +137,7 @@ def merge_method(
     num_models: tuple[int, int | None] = (1, None),
     needs_fisher: bool = False,
     ordered: bool = False,
+    check: WeightsCheck | None = None,
 ) -> Callable[[MergeFunction], MergeFunction]:
     """Register the decorated function as the merge method ``name``; its docstring begins with one sentence."""
 
@@ -136,6 +156,7 @@ def merge_method(
             tuple(parameters),
             needs_fisher,
             ordered or base_is_a_model,
+            check,
         )
         return function
 

@@ -290,6 +290,26 @@ def test_dtype_and_lists_of_threads(run_merge, pair, tmp_path):
             "linear has no parameter 'normalise'; did you mean 'normalize'?",
         ),
         (["--method", "linear", "--models", "./nowhere", "--out", "o"], "there is no nowhere"),
+        (
+            ["--method", "slerp", "--models", "./base_model", "./base_model", "--param", "t=1", "--out", "o"],
+            "./base_model is given twice",
+        ),
+        (
+            ["--method", "linear", "--models", "/merge_method: a", "/merge_method: a", "--out", "o"],
+            "/merge_method: a is given twice",
+        ),
+        (
+            ["--method", "slerp", "--models", "a", "b", "c", "--param", "t=1", "--out", "o"],
+            "slerp takes 1 model beside --base, not 2",
+        ),
+        (
+            ["--method", "sce", "--base", "c", "--models", "a", "b", "--weights", "1", "2", "--out", "o"],
+            "--weights: sce has no parameter 'weight'",
+        ),
+        (
+            ["--method", "linear", "--models", "a", "b", "--dtype", "int8", "--out", "o"],
+            "--dtype: 'int8' is not one of",
+        ),
     ],
 )
 def test_wrong_words_are_said_and_nothing_is_written(run_merge, tmp_path, monkeypatch, words, message):
@@ -319,6 +339,71 @@ def test_nan_in_an_input_is_an_error_or_kept(run_merge, make_model, tmp_path):
     assert "m/model.safetensors" in errors
     assert not (tmp_path / "out").exists()
     assert run_merge(*words, "--non-finite", "keep")[0] == 0
+
+
+# --- values that no tensor is needed for to see that they are wrong
+
+WRONG_VALUES = [
+    ("ties", "density", ["--density", "1.5"], "1.5 does not lie between 0 and 1"),
+    ("dare_ties", "density", ["--density", "0.5", "-0.1"], "-0.1 does not lie between 0 and 1"),
+    ("breadcrumbs", "gamma", ["--param", "gamma=[0,2]"], "2 does not lie between 0 and 1"),
+    ("sce", "select_topk", ["--param", "select_topk=7"], "7 does not lie between 0 and 1"),
+    (
+        "fisher",
+        "fisher_normalize",
+        ["--fisher", "f", "g", "--param", "fisher_normalize=modell"],
+        "'modell' is not one of model, tensor, none; did you mean 'model'?",
+    ),
+    (
+        "fisher",
+        "fisher_floor",
+        ["--fisher", "f", "g", "--param", "fisher_floor=-1"],
+        "-1 is less than 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "name", "words", "message"), WRONG_VALUES)
+def test_a_value_out_of_range_is_named_with_its_flag(run_merge, trio, method, name, words, message):
+    base = [] if method == "fisher" else ["--base", trio["a"]]
+    models = ["--models", trio["b"], trio["c"]]
+    status, _, errors = run_merge("--method", method, *base, *models, *words, "--out", "o", "--dry-run")
+    flag = "--density" if name == "density" else f"--param {name}"
+    assert status == 2
+    assert f"- {flag}: {message}\n" in errors
+
+
+def test_a_value_out_of_range_is_named_with_its_line(run_merge, write_recipe, trio, tmp_path):
+    path = write_recipe(
+        f"merge_method: ties\nbase_model: {trio['a']}\nmodels:\n  - model: {trio['b']}\n    parameters:\n"
+        "      weight: 1\n      density: 1.5\n"
+    )
+    status, _, errors = run_merge(path, tmp_path / "o", "--dry-run")
+    assert status == 2
+    assert f"{path}:7: density: 1.5 does not lie between 0 and 1" in errors
+
+
+@pytest.mark.parametrize("method", ["linear", "multislerp", "karcher", "fisher_simple"])
+def test_weights_that_cancel_are_seen_while_planning(run_merge, trio, method, tmp_path):
+    words = ["--method", method, "--models", trio["a"], trio["b"], "--out", tmp_path / "o", "--dry-run"]
+    status, _, errors = run_merge(*words, "--weights", 1, -1)
+    assert status == 2
+    assert "- --weights: the weights 1, -1 add up to 0" in errors
+
+
+def test_weights_that_cancel_in_some_tensors_are_named_with_their_line(
+    run_merge, write_recipe, trio, tmp_path
+):
+    recipe = (
+        f"merge_method: linear\nmodels:\n  - model: {trio['a']}\n    parameters:\n"
+        "      weight: [{filter: norm, value: -1}, {value: 1}]\n"
+        f"  - {{model: {trio['b']}, parameters: {{weight: 1}}}}\nparameters: {{normalize: NORMALIZE}}\n"
+    )
+    path = write_recipe(recipe.replace("NORMALIZE", "true"))
+    status, _, errors = run_merge(path, tmp_path / "o", "--dry-run")
+    assert status == 2
+    assert f"- {path}:5: the weights -1, 1 add up to 0" in errors
+    assert run_merge(write_recipe(recipe.replace("NORMALIZE", "false")), tmp_path / "o", "--dry-run")[0] == 0
 
 
 # --- progress

@@ -3,7 +3,7 @@
 import numpy as np
 
 from toolkit.merging.group import TensorGroup
-from toolkit.merging.methods.weights import WEIGHT, shares
+from toolkit.merging.methods.weights import WEIGHT, have_a_mean, shares
 from toolkit.merging.registry import REQUIRED, Parameter, merge_method
 from toolkit_kernels.rules import Floats, NearSwap, WeightedSum
 
@@ -12,6 +12,7 @@ from toolkit_kernels.rules import Floats, NearSwap, WeightedSum
     "linear",
     paper="Wortsman et al. 2022, Model soups, arXiv:2203.05482",
     parameters=[WEIGHT, Parameter("normalize", bool, True)],
+    check=have_a_mean("normalize"),
 )
 def linear(group: TensorGroup, weight: Floats, normalize: bool) -> WeightedSum:
     """Weighted mean of the models.

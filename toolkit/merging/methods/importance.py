@@ -1,11 +1,13 @@
 """Means weighted by importance: of a whole tensor (fisher_simple), or of each element (fisher, from_optimizer)."""
 
+from math import inf
+
 import numpy as np
 
 from toolkit.errors import ConfigError
 from toolkit.merging.group import FisherTensor, TensorGroup
 from toolkit.merging.methods.spherical import lengths
-from toolkit.merging.methods.weights import EQUAL_WEIGHT, importances, shares
+from toolkit.merging.methods.weights import EQUAL_WEIGHT, have_a_mean, importances, shares
 from toolkit.merging.registry import Parameter, merge_method
 from toolkit_kernels.rules import FisherMean, Floats, WeightedSum
 
@@ -17,8 +19,8 @@ NORMS = {
 }
 FISHER_PARAMETERS = (
     EQUAL_WEIGHT,
-    Parameter("fisher_normalize", str, "model"),
-    Parameter("fisher_floor", float, 1e-6),
+    Parameter("fisher_normalize", str, "model", choices=tuple(NORMS)),
+    Parameter("fisher_floor", float, 1e-6, bounds=(0.0, inf)),
 )
 
 
@@ -26,6 +28,7 @@ FISHER_PARAMETERS = (
     "fisher_simple",
     paper="one scalar a tensor in the place of Matena & Raffel's Fisher, arXiv:2111.09832",
     parameters=[EQUAL_WEIGHT],
+    check=have_a_mean(),
     base="optional",
 )
 def fisher_simple(group: TensorGroup, weight: Floats) -> WeightedSum:
@@ -43,6 +46,7 @@ def fisher_simple(group: TensorGroup, weight: Floats) -> WeightedSum:
     "fisher",
     paper="Matena & Raffel 2022, Merging models with Fisher-weighted averaging, arXiv:2111.09832",
     parameters=FISHER_PARAMETERS,
+    check=have_a_mean(),
     needs_fisher=True,
 )
 def fisher(
@@ -61,6 +65,7 @@ def fisher(
     "from_optimizer",
     paper="OTA merging, arXiv:2509.11167, with the rule of arXiv:2111.09832",
     parameters=FISHER_PARAMETERS,
+    check=have_a_mean(),
     needs_fisher=True,
 )
 def from_optimizer(

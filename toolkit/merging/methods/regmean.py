@@ -1,11 +1,12 @@
 """RegMean: the weights that reproduce each model's outputs on its own inputs best, in closed form."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import ConfigError
 from toolkit.merging.group import TensorGroup
-from toolkit.merging.methods.weights import EQUAL_WEIGHT, importances, shares
+from toolkit.merging.methods.weights import EQUAL_WEIGHT, have_a_mean, importances, shares
 from toolkit.merging.registry import REQUIRED, Parameter, merge_method
 from toolkit_kernels.rules import Floats, WeightedSum
 
@@ -21,9 +22,10 @@ SINGULAR = 1e-7
     paper="Jin et al. 2023, Dataless knowledge fusion, arXiv:2212.09849",
     parameters=[
         EQUAL_WEIGHT,
-        Parameter("gram", str, REQUIRED, per_model=True),
-        Parameter("alpha", float, 0.9),
+        Parameter("gram", Path, REQUIRED, per_model=True),
+        Parameter("alpha", float, 0.9, bounds=(0.0, 1.0)),
     ],
+    check=have_a_mean(),
 )
 def regmean(
     group: TensorGroup, weight: Floats, gram: Sequence[Any], alpha: float

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @merge_method(
     "sce",
     paper="Wan et al. 2024, FuseChat, arXiv:2408.07990",
-    parameters=[Parameter("select_topk", float, 1.0)],
+    parameters=[Parameter("select_topk", float, 1.0, bounds=(0.0, 1.0))],
     base="required",
 )
 def sce(group: TensorGroup, select_topk: float) -> "torch.Tensor":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from toolkit.merging.group import TensorGroup
-from toolkit.merging.methods.weights import EQUAL_WEIGHT, LAMBDA, around_base, shares
+from toolkit.merging.methods.weights import EQUAL_WEIGHT, LAMBDA, around_base, have_a_mean, shares
 from toolkit.merging.registry import merge_method
 from toolkit_kernels.rules import Floats, WeightedSum
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     paper="Gargiulo et al. 2025, Task singular vectors, arXiv:2412.00081",
     parameters=[EQUAL_WEIGHT, LAMBDA],
     base="required",
+    check=have_a_mean(),
 )
 def tsv_m(group: TensorGroup, weight: Floats, lambda_: float) -> "WeightedSum | torch.Tensor":
     """The base plus the deltas' leading singular vectors, made orthogonal between models.
@@ -48,6 +49,7 @@ def tsv_m(group: TensorGroup, weight: Floats, lambda_: float) -> "WeightedSum | 
     paper="Marczak et al. 2025, No task left behind, arXiv:2502.04959",
     parameters=[EQUAL_WEIGHT, LAMBDA],
     base="required",
+    check=have_a_mean(),
 )
 def iso_c(group: TensorGroup, weight: Floats, lambda_: float) -> "WeightedSum | torch.Tensor":
     """The base plus the sum of deltas with all its singular values made equal.

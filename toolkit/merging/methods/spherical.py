@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from toolkit.merging.group import TensorGroup
-from toolkit.merging.methods.weights import EQUAL_WEIGHT, WEIGHT, around_base, shares
+from toolkit.merging.methods.weights import EQUAL_WEIGHT, WEIGHT, around_base, have_a_mean, shares
 from toolkit.merging.registry import REQUIRED, Parameter, merge_method
 from toolkit_kernels.rules import Floats, WeightedSum
 
@@ -84,6 +84,7 @@ def nuslerp(
     "multislerp",
     paper="Goddard 2025, Multi-SLERP, goddard.blog/posts/multislerp-wow-what-a-cool-idea",
     parameters=[WEIGHT, Parameter("normalize_weights", bool, True), Parameter("eps", float, 1e-8)],
+    check=have_a_mean("normalize_weights"),
     base="optional",
 )
 def multislerp(group: TensorGroup, weight: Floats, normalize_weights: bool, eps: float) -> WeightedSum:
@@ -113,6 +114,7 @@ def multislerp(group: TensorGroup, weight: Floats, normalize_weights: bool, eps:
     "karcher",
     paper="Karcher mean of models, arXiv:2603.04972",
     parameters=[EQUAL_WEIGHT, Parameter("max_iter", int, 10), Parameter("tol", float, 1e-5)],
+    check=have_a_mean(),
 )
 def karcher(group: TensorGroup, weight: Floats, max_iter: int, tol: float) -> WeightedSum:
     """The direction with the least mean squared angle to all models, at the weighted mean of lengths.

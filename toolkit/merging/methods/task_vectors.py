@@ -9,8 +9,8 @@ from toolkit.merging.methods.weights import LAMBDA, WEIGHT, around_base, fractio
 from toolkit.merging.registry import Parameter, merge_method
 from toolkit_kernels.rules import NOTHING, Consensus, Floats, Keep, WeightedSum
 
-DENSITY = Parameter("density", float, 1.0, per_model=True)
-GAMMA = Parameter("gamma", float, 0.01, per_model=True)
+DENSITY = Parameter("density", float, 1.0, per_model=True, bounds=(0.0, 1.0))
+GAMMA = Parameter("gamma", float, 0.01, per_model=True, bounds=(0.0, 1.0))
 RESCALE = Parameter("rescale", bool, True)
 
 

@@ -1,12 +1,14 @@
 """What most methods do with weights: normalise them, and place scaled deltas around a base."""
 
+from collections.abc import Mapping
 from math import fsum
+from typing import Any
 
 import numpy as np
 
 from toolkit.errors import ConfigError
 from toolkit.merging.group import TensorGroup
-from toolkit.merging.registry import REQUIRED, Parameter
+from toolkit.merging.registry import REQUIRED, Parameter, WeightsCheck
 from toolkit_kernels.rules import Floats, WeightedSum
 
 WEIGHT = Parameter("weight", float, REQUIRED, per_model=True)
@@ -23,11 +25,25 @@ def shares(group: TensorGroup, weights: Floats) -> Floats:
     Raises:
         ConfigError: the weights add up to zero.
     """
-    total = fsum(weights)
-    if abs(total) <= CANCELLED * fsum(abs(weights)):
-        listed = ", ".join(f"{weight:g}" for weight in weights)
-        raise ConfigError([f"{group.name}: the weights {listed} add up to 0, so there is no mean to form"])
-    return np.asarray(weights, np.float64) / total
+    if problem := cancelled(weights):
+        raise ConfigError([f"{group.name}: {problem}"])
+    return np.asarray(weights, np.float64) / fsum(weights)
+
+
+def cancelled(weights: Floats) -> str | None:
+    """What is wrong with weights that add up to zero; None where they do not."""
+    if abs(fsum(weights)) > CANCELLED * fsum(abs(weights)):
+        return None
+    return f"the weights {', '.join(f'{weight:g}' for weight in weights)} add up to 0, so there is no mean to form"
+
+
+def have_a_mean(switch: str | None = None) -> WeightsCheck:
+    """The check of a method that divides its weights by their sum, where the parameter ``switch`` is on."""
+
+    def check(arguments: Mapping[str, Any]) -> str | None:
+        return cancelled(arguments["weight"]) if switch is None or arguments[switch] else None
+
+    return check
 
 
 def importances(group: TensorGroup, weights: Floats) -> Floats:

@@ -1,21 +1,26 @@
 """The recipe that flags describe, as the YAML that a recipe file would hold."""
 
+import dataclasses
 import re
+from bisect import bisect_right
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 
 from toolkit.config.merge_command import RecipeOptions
 from toolkit.config.names import did_you_mean
-from toolkit.config.yaml_tree import parse_tree
+from toolkit.config.yaml_tree import Node, parse_tree
 from toolkit.errors import ConfigError
-from toolkit.merging.recipes.recipe import MergeRecipe
+from toolkit.merging.recipes.recipe import MergeRecipe, Settings
 from toolkit.merging.recipes.recipe_file import build
 from toolkit.merging.registry import MergeMethod, merge_methods
 
 NAME = "the command line"
 # Parameters with a flag of their own.
 FLAGS = {"weight": "--weights", "density": "--density", "fisher": "--fisher"}
+# Keys of a recipe with another name than their flag.
+KEYS = {"merge_method": "--method", "base_model": "--base", "tokenizer_source": "--tokenizer-source"}
 
 
 def recipe_of_flags(options: RecipeOptions, *, lenient: bool) -> MergeRecipe:
@@ -33,12 +38,14 @@ def recipe_of_flags(options: RecipeOptions, *, lenient: bool) -> MergeRecipe:
     text = yaml.safe_dump(
         _contents(options, methods[str(options.method)]), sort_keys=False, allow_unicode=True
     )
+    tree, _ = parse_tree(text, NAME)
+    flag_at = _flag_at(tree)
     try:
-        tree, _ = parse_tree(text, NAME)
-        return build(tree, text, NAME, lenient=lenient)
+        recipe = build(tree, text, NAME, lenient=lenient)
     except ConfigError as error:
-        found = dict.fromkeys(_of_flags(problem) for problem in error.problems)
+        found = dict.fromkeys(_of_flags(problem, flag_at) for problem in error.problems)
         raise ConfigError(list(found), hint=error.hint) from None
+    return _with_flags(recipe, flag_at)
 
 
 def _wrong_lengths(options: RecipeOptions) -> list[str]:
@@ -82,12 +89,64 @@ def _contents(options: RecipeOptions, method: MergeMethod) -> dict[str, Any]:
     return {name: value for name, value in contents.items() if value not in (None, {})}
 
 
-def _of_flags(problem: str) -> str:
-    """A problem of the recipe in the words of the flags."""
+# --- places: flags in the place of lines
+
+FlagAt = Callable[[int], str]
+
+
+def _flag_at(tree: Node) -> FlagAt:
+    """The flag that a line of the recipe comes from."""
+    flags = {node.line: KEYS.get(key, f"--{key.replace('_', '-')}") for key, node in tree.pairs.items()}
+    entries = tree.pairs["models"].items
+    flags |= {entry.line: "--models" for entry in entries}
+    for holder in (tree, *entries):
+        parameters = holder.pairs.get("parameters")
+        for name, node in (parameters.pairs if parameters else {}).items():
+            flags[node.line] = FLAGS.get(name, f"--param {name}")
+    lines = sorted(flags)
+    return lambda line: flags[lines[bisect_right(lines, line) - 1]]
+
+
+def _of_place(place: str, flag_at: FlagAt) -> str:
+    return re.sub(rf"^{NAME}:(\d+)", lambda match: flag_at(int(match[1])), place)
+
+
+def _with_flags(recipe: MergeRecipe, flag_at: FlagAt) -> MergeRecipe:
+    def settings(given: Settings) -> Settings:
+        return {
+            name: dataclasses.replace(setting, place=_of_place(setting.place, flag_at))
+            for name, setting in given.items()
+        }
+
+    models = [
+        dataclasses.replace(
+            entry, parameters=settings(entry.parameters), place=_of_place(entry.place, flag_at)
+        )
+        for entry in recipe.models
+    ]
+    tokenizer = recipe.tokenizer
+    return dataclasses.replace(
+        recipe,
+        models=tuple(models),
+        parameters=settings(recipe.parameters),
+        tokenizer=tokenizer and dataclasses.replace(tokenizer, place=_of_place(tokenizer.place, flag_at)),
+        notes=tuple(_of_flags(note, flag_at) for note in recipe.notes),
+    )
+
+
+def _of_flags(problem: str, flag_at: FlagAt) -> str:
+    """A problem of the recipe in the words of the flags. Anchored, so that no name of a model is changed."""
 
     def needs(match: re.Match[str]) -> str:
-        return f"needs {FLAGS.get(match[1], f'--param {match[1]}=VALUE')}"
+        return f"{match[1]} needs {FLAGS.get(match[2], f'--param {match[2]}=VALUE')}"
 
-    problem = re.sub(rf"^{NAME}(:\d+)?: ", "", problem)
-    problem = problem.replace("base_model", "--base").replace("merge_method", "--method")
-    return re.sub(r"needs the parameter '(\w+)'.*", needs, problem)
+    place, problem = re.fullmatch(rf"({NAME}(?::\d+)?: )?(.*)", problem, re.DOTALL).groups()  # type: ignore[union-attr]  # it matches any text
+    problem, is_whole = re.subn(r"^(\w+) needs the parameter '(\w+)'.*", needs, problem)
+    problem = re.sub(r"^(\w+ needs|\w+ takes [\w ]+ beside) base_model,", r"\1 --base,", problem)
+    problem = re.sub(r"^('(\w+)' is one value for all models);.*", r"\1: --param \2=VALUE", problem)
+    if place is None or place == f"{NAME}: " or is_whole:
+        return problem
+    flag = _of_place(place, flag_at).removesuffix(": ")
+    for name in (*(name for name, own in FLAGS.items() if own == flag), flag.split()[-1].lstrip("-")):
+        problem = problem.removeprefix(f"{name}: ")
+    return f"{flag}: {problem}"

@@ -9,9 +9,11 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from toolkit.config.values import shown
+from toolkit.errors import ConfigError
 from toolkit.merging.recipes.recipe import FISHER_SETTINGS, MergeRecipe, Scalar, Setting, Settings
 from toolkit.merging.registry import REQUIRED, MergeMethod, Parameter, merge_methods
 
@@ -51,6 +53,8 @@ def converted(value: Scalar, kind: type) -> Any:
     """A scalar of a recipe as ``kind``. Raises ValueError, whose message completes ``density: ...``."""
     if kind is str:
         return str(value)
+    if kind is Path:
+        return Path(str(value)).expanduser()
     if kind is bool:
         word = WORDS.get(str(value).lower())
         if word is not None:
@@ -78,11 +82,11 @@ def evaluate(setting: Setting, tensor_name: str, t: float, kind: type) -> Any:
 def gradient(values: Sequence[Any], t: float) -> Any:
     """The value at depth t in [0, 1] of the piecewise linear function through ``values`` at equal distances.
 
-    Booleans and texts are not interpolated: element floor(t (n - 1)) counts.
+    Booleans, texts and paths are not interpolated: element floor(t (n - 1)) counts.
     """
     at = t * (len(values) - 1)
     first = int(at)
-    if isinstance(values[first], bool | str):
+    if isinstance(values[first], bool | str | Path):
         return values[first]
     second = min(first + 1, len(values) - 1)
     value = values[first] + (at - first) * (values[second] - values[first])
@@ -133,6 +137,7 @@ class Resolver:
 
         Raises:
             LookupError: a required parameter has no value for this tensor; the message says which.
+            ConfigError: the weights cannot be used together, e.g. they add up to zero.
         """
         key = self._key(levels, name, model_names, t)
         if key not in self._known:
@@ -142,7 +147,10 @@ class Resolver:
                     given[parameter.name] = self._each(parameter, levels, model_names, t)
                 else:
                     given[parameter.name] = _value(parameter, levels.shared, name, t)
-            self._known[key] = self.method.arguments(given, len(model_names))
+            arguments = self.method.arguments(given, len(model_names))
+            if self.method.check is not None and (problem := self.method.check(arguments)):
+                raise ConfigError([f"{_place_of_weights(levels) or self.method.name}: {problem}"])
+            self._known[key] = arguments
         return self._known[key]
 
     def fishers(self, levels: Levels, name: str, model_names: Sequence[str], t: float) -> tuple[str, ...]:
@@ -186,6 +194,11 @@ def _find(parameter_name: str, kind: type, scopes: Sequence[Settings], name: str
             if value is not None:
                 return value
     return None
+
+
+def _place_of_weights(levels: Levels) -> str | None:
+    scopes = [settings for scopes in levels.models for settings in scopes if "weight" in settings]
+    return scopes[0]["weight"].place if scopes else None
 
 
 def _missing(parameter: Parameter, name: str) -> Any:

@@ -124,7 +124,7 @@ def _wrong_values(parameter: Parameter, setting: Setting) -> list[str]:
     for condition in setting.conditions:
         for value in condition.value if isinstance(condition.value, tuple) else (condition.value,):
             try:
-                converted(value, parameter.kind)
+                parameter.check(converted(value, parameter.kind))
             except ValueError as error:
                 found.append(f"{setting.place}: {parameter.name}: {error}")
     return found
