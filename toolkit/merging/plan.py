@@ -8,6 +8,7 @@ from typing import Any
 
 from toolkit.merging.group import FisherTensor, Reader
 from toolkit.merging.registry import MergeMethod
+from toolkit.merging.streaming.safetensors_file import FileIdentity
 from toolkit_kernels.spans import ITEMSIZES
 
 
@@ -64,13 +65,19 @@ class InputModel:
 
     Attributes:
         label: as the user named it.
-        role: "model", "base", "adapter", "fisher", "tokenizer".
+        role: "model", "base", "adapter", "fisher", "tokenizer", or the parameter that names a file ("gram").
         files: the weights that are read.
+        identities: of these files, when the merge was planned.
     """
 
     label: str
     role: str
     files: tuple[Path, ...]
+    identities: tuple[FileIdentity, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Raises ModelError where a file is missing."""
+        object.__setattr__(self, "identities", tuple(FileIdentity.found(path) for path in self.files))
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,8 @@ class MergePlan:
         settings: the recipe as the user gave it, for report and card.
         notes: what the user should know (a tensor that only one model has, a parameter that is not used).
         write_companions: writes everything but weights (config, tokenizer, card) into the staged folder.
+        depends_on: folders of models and adapters, and other files, that the result depends on beside ``inputs``: they
+            must not be the output, and a resumed merge must find them as they were.
     """
 
     tensors: list[OutputTensor]
@@ -94,6 +103,7 @@ class MergePlan:
     settings: Mapping[str, Any]
     notes: list[str]
     write_companions: Callable[[Path], None]
+    depends_on: tuple[Path, ...] = ()
 
     @property
     def bytes_read(self) -> int:

@@ -1,7 +1,9 @@
 """What must never be committed: broken inputs, results that overflow, outputs on inputs, half-written folders."""
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -168,6 +170,58 @@ def test_an_existing_folder_is_replaced_only_on_request(tmp_path, models, plan_o
     with pytest.raises(RunDirectoryError, match="is a file"):
         execute(plan_of(models), tmp_path / "file", EngineOptions(overwrite=True))
     assert entries(tmp_path) == ["file", "model-0", "model-1", "model-2", "out"]
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path, models, plan_of) -> None:
+    out = tmp_path / "out"
+
+    def appear(num_bytes: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "mine.txt").write_text("mine")
+
+    with pytest.raises(RunDirectoryError, match="exists and is not empty"):
+        execute(plan_of(models), out, EngineOptions(on_progress=appear))
+    assert entries(out) == ["mine.txt"]
+    report = execute(plan_of(models), out, EngineOptions(resume=True, overwrite=True))
+    assert report.resumed  # nothing was lost
+    assert "mine.txt" not in entries(out)
+
+
+def test_a_folder_that_is_half_deleted_is_not_restored(tmp_path, models, plan_of, monkeypatch) -> None:
+    out, plan = tmp_path / "out", plan_of(models)
+    execute(plan, out)
+
+    def killed(folder: Path, ignore_errors: bool = False) -> None:
+        (folder / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        execute(plan, out, EngineOptions(overwrite=True))
+    assert (out / "model.safetensors").is_file()
+    out.rename(tmp_path / "moved")  # the user takes the result elsewhere
+    broken(models[0], "wide", 0, float("nan"))
+    with pytest.raises(ModelError):
+        execute(plan_of(models), out)
+    assert entries(tmp_path) == ["model-0", "model-1", "model-2", "moved"]
+
+
+def test_the_old_folder_is_back_where_the_new_one_cannot_be_renamed(
+    tmp_path, models, plan_of, monkeypatch
+) -> None:
+    out, rename = tmp_path / "out", os.rename
+    execute(plan_of(models), out)
+    (out / "old").write_text("")
+
+    def fails_once(source: Path, target: Path) -> None:
+        if target == out and ".staging-" in str(source):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails_once)
+    with pytest.raises(MergeError, match="cannot be renamed"):
+        execute(plan_of(models), out, EngineOptions(overwrite=True))
+    assert "old" in entries(out)
 
 
 def test_the_old_folder_stays_where_the_new_one_fails(tmp_path, models, plan_of) -> None:

@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.errors import MeldkitError, MergeError, ModelError
+from toolkit.merging.finite import num_hidden
 from toolkit.merging.group import PIECE_SIZE, MemoryReader, Reader, Scratch, TensorGroup
 from toolkit.merging.order import call_method
 from toolkit.merging.plan import OutputTensor, tensor_readers
 from toolkit.merging.streaming.safetensors_file import CARRIER
 from toolkit_kernels import sums
 from toolkit_kernels.backend import Backend
-from toolkit_kernels.rules import Consensus, FisherMean, Inputs, Keep, Piece, Rule, WeightedSum
+from toolkit_kernels.rules import Consensus, FisherMean, Inputs, Piece, Rule, WeightedSum
 from toolkit_kernels.spans import CODES, ITEMSIZES, Span
 
 ONE = WeightedSum(np.ones(1))
@@ -182,7 +183,7 @@ class Computer:
         pieces = [prepared.piece(start, out, scratch) for prepared, start, out in parts]
         counts = self.backend.apply(pieces)
         for (prepared, start, out), piece, count in zip(parts, pieces, counts.tolist(), strict=True):
-            count += self._num_hidden(piece)
+            count += num_hidden(self.backend, piece)
             if count:
                 self._judge(prepared, piece.inputs, start, out, findings)
 
@@ -193,15 +194,6 @@ class Computer:
         if tensor.dtype in CODES and int(self.backend.non_finite(Inputs((span,)))[0]):
             self._report(tensor, [(reader, _num_non_finite(span))], findings)
         return as_bytes(span)
-
-    def _num_hidden(self, piece: Piece) -> int:
-        """How many elements of the inputs are NaN or infinite where that need not show in the result."""
-        rule, inputs = piece.rule, piece.inputs
-        if isinstance(rule, FisherMean):  # max(NaN, floor) may be the floor
-            return int(np.sum(self.backend.non_finite(Inputs(inputs.fisher))))
-        if isinstance(rule, Consensus) and (rule.elect or any(_may_drop(keep) for keep in rule.keep)):
-            return int(np.sum(self.backend.non_finite(Inputs(inputs.theta, inputs.base))))
-        return 0
 
     def _judge(self, prepared: Prepared, inputs: Inputs, start: int, out: Span, findings: Findings) -> None:
         """The slow look at a piece with something that is not finite in it: where does it come from?"""
@@ -254,10 +246,6 @@ class Computer:
             )
         for where, count in guilty:
             findings.non_finite[where] = findings.non_finite.get(where, 0) + count
-
-
-def _may_drop(keep: Keep) -> bool:
-    return keep.among is not None or keep.outside is not None or keep.probability is not None
 
 
 def is_copied(tensor: OutputTensor) -> bool:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.durable import file_sha256, sync, write_json, write_text
-from toolkit.errors import Interrupted, ModelError
+from toolkit.errors import Interrupted, MergeError, RunDirectoryError
 from toolkit.merging.plan import MergePlan, tensor_readers
 from toolkit.merging.streaming.compute import Computer, Findings, check_tensor
+from toolkit.merging.streaming.inputs import allow_open_files, side_files, weights_files
 from toolkit.merging.streaming.interruption import stop_request
 from toolkit.merging.streaming.layout import Layout, lay_out
 from toolkit.merging.streaming.output_folder import OutputFolder, refuse_inputs
@@ -76,16 +77,17 @@ def execute(plan: MergePlan, out: Path, options: EngineOptions | None = None) ->
     started = time.perf_counter()
     for tensor in plan.tensors:
         check_tensor(tensor)
-    inputs = _identities(plan)
-    refuse_inputs(out, [identity.path for identity in inputs])
+    inputs, beside = weights_files(plan), side_files(plan)
+    refuse_inputs(out, [*(identity.path for identity in (*inputs, *beside)), *plan.depends_on])
     layout = lay_out(plan.tensors, options.max_shard_bytes, options.weights_name)
-    digest = digest_of(plan, layout, inputs)
+    allow_open_files(inputs, len(layout.shards))
+    digest = digest_of(plan, layout, inputs, beside, device=options.device, non_finite=options.non_finite)
     with (
         OutputFolder(out, digest, overwrite=options.overwrite) as folder,
         Pool(options.num_threads) as pool,
         stop_request() as stop,
     ):
-        run = _Run(plan, layout, folder, inputs, pool, stop, options, digest)
+        run = _Run(plan, layout, folder, inputs, beside, pool, stop, options, digest)
         try:
             run.prepare()
             run.seconds.planning = time.perf_counter() - started
@@ -93,19 +95,21 @@ def execute(plan: MergePlan, out: Path, options: EngineOptions | None = None) ->
             return run.finish(started)
         except (Interrupted, KeyboardInterrupt):
             raise
-        except BaseException:
-            folder.discard(path for path in [folder.staged] if path.exists())
-            raise
+        except BaseException as error:
+            failed = _failure(error, folder.staged)
+            run.leave(failed)
+            raise failed from failed.__cause__
         finally:
             run.close()
 
 
-def _identities(plan: MergePlan) -> list[FileIdentity]:
-    files = dict.fromkeys(path for model in plan.inputs for path in model.files)
-    try:
-        return [FileIdentity.of(path) for path in files]
-    except OSError as error:
-        raise ModelError(f"{error.filename}: {error.strerror}") from error
+def _failure(error: BaseException, staged: Path) -> BaseException:
+    """What the user is told: an error of the operating system names its file."""
+    if not isinstance(error, OSError):
+        return error
+    failed = MergeError(f"{error.filename or staged}: {error.strerror or error}")
+    failed.__cause__ = error
+    return failed
 
 
 class _Run:
@@ -117,12 +121,14 @@ class _Run:
         layout: Layout,
         folder: OutputFolder,
         inputs: Sequence[FileIdentity],
+        beside: Sequence[FileIdentity],
         pool: Pool,
         stop: Callable[[], None],
         options: EngineOptions,
         digest: str,
     ) -> None:
-        self.plan, self.layout, self.folder, self.inputs = plan, layout, folder, inputs
+        self.plan, self.layout, self.folder = plan, layout, folder
+        self.inputs, self.beside = inputs, beside
         self.pool, self.stop, self.options = pool, stop, options
         self.seconds = Seconds()
         self.findings = Findings()
@@ -182,7 +188,7 @@ class _Run:
         if self.layout.index is not None:
             write_json(staged / self.layout.index_name, self.layout.index)
         sha256 = self._sync_and_hash()
-        for identity in self.inputs:
+        for identity in (*self.inputs, *self.beside):
             identity.check()
         verified = None
         if self.options.verify:
@@ -193,6 +199,7 @@ class _Run:
         self.seconds.total = time.perf_counter() - started
         report = self._report(sha256, verified)
         write_text(staged / REPORT_NAME, report.as_json())
+        self.folder.refuse_existing()  # here and not only there, as the record is still kept
         self._sync_companions()
         self.folder.commit()
         return report
@@ -269,6 +276,18 @@ class _Run:
             verified=verified,
             notes=[*plan.notes, *self.notes],
         )
+
+    def leave(self, error: BaseException) -> None:
+        """After a failure of the disk or the output's name keep what is finished; one of the inputs leaves nothing."""
+        is_curable = isinstance(error, RunDirectoryError) or (
+            isinstance(error, MergeError) and isinstance(error.__cause__, OSError)
+        )
+        if is_curable and self.progress.save():
+            assert isinstance(error, MergeError | RunDirectoryError)
+            hint = f"{error.hint}; " if error.hint else ""
+            error.hint = f"{hint}--resume goes on with what is finished"
+        elif self.folder.staged.exists():
+            self.folder.discard([self.folder.staged])
 
     def close(self) -> None:
         self.progress.close()

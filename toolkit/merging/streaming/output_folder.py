@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from toolkit.durable import STAGING_PREFIX, TRASH_PREFIX, sync
-from toolkit.errors import RunDirectoryError
+from toolkit.errors import MergeError, RunDirectoryError
 
+# What was replaced and is being deleted: never restored, as a part of it may be gone.
+DISCARDED_PREFIX = ".discarded-"
 # Names of what a killed merge leaves beside its output end with this many hexadecimal digits.
 NUM_DIGITS = 12
 # Room for companions and for the file system's own tables.
@@ -19,18 +21,28 @@ SPARE_BYTES = 32 << 20
 MODEL_FILES = ("config.json", "adapter_config.json")
 
 
-def refuse_inputs(out: Path, files: Iterable[Path]) -> None:
-    """Raises RunDirectoryError if ``out`` is or holds a folder that the merge reads, or lies in that of a model."""
+def refuse_inputs(out: Path, paths: Iterable[Path]) -> None:
+    """Raises RunDirectoryError if ``out`` is or holds a folder that the merge reads, or lies in that of a model.
+
+    Args:
+        out: of the result.
+        paths: files and folders. Links are followed: a model in the hub's cache is a folder of links to files elsewhere.
+    """
     out = out.resolve()
-    for folder in {Path(os.path.abspath(path)).parent for path in files} | {
-        p.resolve().parent for p in files
-    }:
+    for folder in dict.fromkeys(folder for path in paths for folder in _folders(path)):
         if folder == out:
             raise RunDirectoryError(f"{out} is one of the inputs; a merge writes a folder of its own")
         if folder in out.parents and any((folder / name).is_file() for name in MODEL_FILES):
             raise RunDirectoryError(f"{out} lies in the input {folder}; choose a folder outside of it")
         if out in folder.parents:
             raise RunDirectoryError(f"{out} holds the input {folder}, which replacing it would delete")
+
+
+def _folders(path: Path) -> list[Path]:
+    """Where ``path`` lies, by every name: as it was given, with linked folders followed, with a linked file followed."""
+    if path.is_dir():
+        return [Path(os.path.abspath(path)), path.resolve()]
+    return [Path(os.path.abspath(path)).parent, path.parent.resolve(), path.resolve().parent]
 
 
 class OutputFolder:
@@ -48,6 +60,7 @@ class OutputFolder:
 
     def __init__(self, out: Path, digest: str, *, overwrite: bool) -> None:
         out = Path(os.path.abspath(out))
+        self._overwrite = overwrite
         self._parent = out.parent.resolve()
         self.path = self._parent / out.name
         self.staged = self._parent / f"{STAGING_PREFIX}{out.name}-{digest[:NUM_DIGITS]}"
@@ -58,7 +71,7 @@ class OutputFolder:
             raise RunDirectoryError(f"{out} cannot be written: {error.strerror}") from error
         try:
             self._restore_old()
-            _refuse_existing(out, overwrite)
+            self.refuse_existing()
         except BaseException:
             self.close()
             raise
@@ -119,14 +132,36 @@ class OutputFolder:
                 hint="free some space, or choose a folder on another disk",
             )
 
+    def refuse_existing(self) -> None:
+        """Raises RunDirectoryError if the output is there and must not be replaced."""
+        out = self.path
+        if out.is_symlink() or (out.exists() and not out.is_dir()):
+            raise RunDirectoryError(f"{out} is {'a link' if out.is_symlink() else 'a file'}, not a folder")
+        if out.exists() and not self._overwrite and any(out.iterdir()):
+            raise RunDirectoryError(f"{out} exists and is not empty", hint="another folder, or --overwrite")
+
     def commit(self) -> None:
-        """Make the staged folder the output. Its files and folders have been synced."""
-        if self.path.exists() and any(self.path.iterdir()):
-            trash = self._parent / f"{TRASH_PREFIX}{self.path.name}-{uuid.uuid4().hex[:NUM_DIGITS]}"
-            os.rename(self.path, trash)
-        os.rename(self.staged, self.path)
+        """Make the staged folder the output. Its files and folders have been synced.
+
+        Raises:
+            RunDirectoryError: something has appeared under its name and must not be replaced.
+            MergeError: it cannot be renamed; an old folder is then there again.
+        """
+        self.refuse_existing()
+        old = None
+        try:
+            if self.path.exists() and any(self.path.iterdir()):
+                old = self._unused(TRASH_PREFIX)
+                os.rename(self.path, old)
+            os.rename(self.staged, self.path)  # fails where a folder has just appeared that is not empty
+        except OSError as error:
+            if old is not None and old.exists():
+                os.rename(old, self.path)
+            raise MergeError(
+                f"{self.staged} cannot be renamed to {self.path.name}: {error.strerror}"
+            ) from error
         sync(self._parent)
-        self.discard(self._beside(TRASH_PREFIX))
+        self._discard_old()
 
     def _restore_old(self) -> None:
         """A process killed between the two renames of ``commit`` has left the old folder under another name."""
@@ -134,15 +169,19 @@ class OutputFolder:
         if trash and not self.path.exists():
             os.rename(trash.pop(), self.path)
             sync(self._parent)
-        self.discard(trash)
+        self._discard_old()
+
+    def _discard_old(self) -> None:
+        """Delete what was replaced, under a name that nothing restores: a kill may leave a part of it."""
+        for trash in self._beside(TRASH_PREFIX):
+            os.rename(trash, self._unused(DISCARDED_PREFIX))
+        sync(self._parent)
+        for discarded in self._beside(DISCARDED_PREFIX):
+            shutil.rmtree(discarded, ignore_errors=True)  # the next merge tries again
+
+    def _unused(self, prefix: str) -> Path:
+        return self._parent / f"{prefix}{self.path.name}-{uuid.uuid4().hex[:NUM_DIGITS]}"
 
     def _beside(self, prefix: str) -> list[Path]:
         pattern = re.compile(re.escape(f"{prefix}{self.path.name}-") + rf"[0-9a-f]{{{NUM_DIGITS}}}")
         return sorted(path for path in self._parent.iterdir() if pattern.fullmatch(path.name))
-
-
-def _refuse_existing(out: Path, overwrite: bool) -> None:
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise RunDirectoryError(f"{out} is {'a link' if out.is_symlink() else 'a file'}, not a folder")
-    if out.exists() and not overwrite and any(out.iterdir()):
-        raise RunDirectoryError(f"{out} exists and is not empty", hint="another folder, or --overwrite")

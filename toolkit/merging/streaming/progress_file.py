@@ -7,6 +7,7 @@ A line is written after the data it speaks of is synced, so it may be lost but n
 is ignored.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,8 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from toolkit.errors import MergeError
 from toolkit.merging.plan import MergePlan, OutputTensor, tensor_readers
 from toolkit.merging.streaming.compute import Findings
+from toolkit.merging.streaming.inputs import side_facts
 from toolkit.merging.streaming.layout import Layout, Place
 from toolkit.merging.streaming.safetensors_file import FileIdentity, header_sha256
 
@@ -66,14 +69,33 @@ def parameter_groups(places: Sequence[Place]) -> tuple[list[str], dict[str, dict
     return names, groups
 
 
-def digest_of(plan: MergePlan, layout: Layout, inputs: Iterable[FileIdentity]) -> str:
-    """SHA-256 of everything that determines the bytes of the result: a merge goes on only where it is the same."""
+def digest_of(
+    plan: MergePlan,
+    layout: Layout,
+    inputs: Iterable[FileIdentity],
+    beside: Iterable[FileIdentity],
+    *,
+    device: str,
+    non_finite: str,
+) -> str:
+    """SHA-256 of everything that determines the bytes of the result: a merge goes on only where it is the same.
+
+    Args:
+        plan: of the merge.
+        layout: of the result.
+        inputs: weights files.
+        beside: files that matter too: configurations, tokenizers.
+        device: where methods compute that need whole tensors.
+        non_finite: what NaN and infinity in an input are.
+    """
     digest = hashlib.sha256()
 
     def add(*facts: Any) -> None:
         digest.update(json.dumps(plain(facts), sort_keys=True).encode() + b"\n")
 
-    add(metadata.version("meldkit"), plan.method, plan.seed, plan.settings)
+    add(_versions(), plan.method, plan.seed, plan.settings, device, non_finite)
+    for identity in beside:
+        add(*side_facts(identity))
     for identity in inputs:
         is_weights = identity.path.suffix == ".safetensors"
         header = header_sha256(identity.path) if is_weights else None
@@ -87,6 +109,17 @@ def digest_of(plan: MergePlan, layout: Layout, inputs: Iterable[FileIdentity]) -
     )
     digest.update("".join(lines).encode())
     return digest.hexdigest()
+
+
+def _versions() -> list[str | None]:
+    """Of what computes. Kernels give the same bits everywhere, but not methods that need whole tensors."""
+    found: list[str | None] = []
+    for name in ("meldkit", "numpy", "numba", "torch"):
+        try:
+            found.append(metadata.version(name))
+        except metadata.PackageNotFoundError:
+            found.append(None)
+    return found
 
 
 def _readers(tensor: OutputTensor) -> list[str]:
@@ -184,6 +217,13 @@ class ProgressFile:
         """Record everything that is finished, for a merge that is interrupted."""
         with self._writing:
             self._record()
+
+    def save(self) -> bool:
+        """After a failure: record what can be recorded. Whether there is anything to go on with."""
+        with contextlib.suppress(OSError, MergeError):  # of the disk that has just failed
+            self.flush()
+        known = self.read()
+        return known is not None and bool(known[0])
 
     def remove(self) -> None:
         self.close()

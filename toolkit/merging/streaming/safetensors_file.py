@@ -97,6 +97,14 @@ class FileIdentity:
         status = os.stat(path if descriptor is None else descriptor)
         return cls(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
+    @classmethod
+    def found(cls, path: Path) -> "FileIdentity":
+        """Raises ModelError where there is no such file."""
+        try:
+            return cls.of(path)
+        except OSError as error:
+            raise ModelError(f"{path}: {error.strerror}") from error
+
     def check(self, descriptor: int | None = None) -> None:
         """Raises MergeError if the file was replaced or written since."""
         try:
@@ -347,7 +355,9 @@ class FileReader:
         """
         num_bytes = size * self.carrier.itemsize
         target = memory[:num_bytes]
-        num_read = os.preadv(self.file.descriptor(), [target.data], self.place + start * self.carrier.itemsize)
+        num_read = os.preadv(
+            self.file.descriptor(), [target.data], self.place + start * self.carrier.itemsize
+        )
         if num_read != num_bytes:
             raise MergeError(f"{self.where} was cut off while it was being merged")
         return Span(target.view(self.carrier), self.dtype)
