@@ -172,6 +172,36 @@ def test_an_existing_folder_is_replaced_only_on_request(tmp_path, models, plan_o
     assert entries(tmp_path) == ["file", "model-0", "model-1", "model-2", "out"]
 
 
+@pytest.mark.parametrize("out", ["config", "matrices", "deep/matrices"])
+def test_what_gives_no_weights_is_no_output_either(tmp_path, models, plan_of, out) -> None:
+    (tmp_path / "config").mkdir()
+    (tmp_path / "deep" / "matrices").mkdir(parents=True)
+    (tmp_path / "matrices").symlink_to(tmp_path / "deep" / "matrices")
+    (tmp_path / "deep" / "matrices" / "grams.safetensors").write_bytes(b"")
+    depends_on = (tmp_path / "config", tmp_path / "matrices" / "grams.safetensors")
+    with pytest.raises(RunDirectoryError, match="is one of the inputs"):
+        execute(
+            replace(plan_of(models), depends_on=depends_on), tmp_path / out, EngineOptions(overwrite=True)
+        )
+    assert (tmp_path / "config").is_dir()
+
+
+@pytest.mark.parametrize("root", ["cache", "real"])
+@pytest.mark.parametrize("out", ["models--a/snapshots/1", "models--a/blobs", "models--a", ""])
+def test_a_linked_cache_of_links_is_no_output(tmp_path, write_model, plan_of, root, out) -> None:
+    """As the hub's cache: files of a snapshot are links to blobs, and the cache itself may be a link."""
+    blobs = write_model(tmp_path / "real" / "models--a" / "blobs", {"w": torch.ones(2)})
+    snapshot = tmp_path / "real" / "models--a" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    for name in entries(blobs):
+        (snapshot / name).symlink_to(Path("../../blobs") / name)
+    (tmp_path / "cache").symlink_to(tmp_path / "real")
+    plan = plan_of([tmp_path / "cache" / "models--a" / "snapshots" / "1"])
+    with pytest.raises(RunDirectoryError, match="input"):
+        execute(plan, tmp_path / root / out, EngineOptions(overwrite=True))
+    assert entries(snapshot) == entries(blobs) == ["config.json", "model.safetensors"]
+
+
 def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path, models, plan_of) -> None:
     out = tmp_path / "out"
 
@@ -195,9 +225,10 @@ def test_a_folder_that_is_half_deleted_is_not_restored(tmp_path, models, plan_of
         (folder / "model.safetensors").unlink()
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
-        execute(plan, out, EngineOptions(overwrite=True))
+        with pytest.raises(KeyboardInterrupt):
+            execute(plan, out, EngineOptions(overwrite=True))
     assert (out / "model.safetensors").is_file()
     out.rename(tmp_path / "moved")  # the user takes the result elsewhere
     broken(models[0], "wide", 0, float("nan"))
@@ -262,6 +293,20 @@ def test_an_input_that_is_missing_is_named(tmp_path, models, plan_of) -> None:
         execute(plan, tmp_path / "out")
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_an_input_that_was_replaced_since_the_plan_is_an_error(
+    tmp_path, models, plan_of, write_model, random_state, again
+) -> None:
+    plan = plan_of(models)
+    if again:
+        execute(plan, tmp_path / "first")
+    (models[2] / "model.safetensors").unlink()
+    write_model(models[2], random_state(7))
+    with pytest.raises(MergeError, match=r"model-2.* was changed since the merge was planned"):
+        execute(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_merges_into_one_folder(tmp_path, models, plan_of, method_of) -> None:
     begun, go_on, results = threading.Event(), threading.Event(), []
 
@@ -322,6 +367,69 @@ def test_a_disk_that_is_full_is_an_error_and_leaves_nothing(tmp_path, models, li
     assert result.stdout.startswith("MergeError: ")
     assert "model.safetensors cannot be written: File too large" in result.stdout
     assert entries(tmp_path) == ["model-0", "model-1", "model-2"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_fails_half_way_keeps_what_is_finished(
+    tmp_path, models, plan_of, monkeypatch, code
+) -> None:
+    execute(plan_of(models), tmp_path / "whole")
+    pwrite, done = os.pwrite, [0]
+
+    def fails(descriptor: int, memory: memoryview, start: int) -> int:
+        done[0] += memory.nbytes
+        if done[0] > 1_500_000:
+            raise OSError(code, os.strerror(code))
+        return pwrite(descriptor, memory, start)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", fails)
+        with pytest.raises(MergeError, match="--resume goes on") as caught:
+            execute(plan_of(models), tmp_path / "out", EngineOptions(num_threads=1))
+    assert os.strerror(code) in str(caught.value)
+    report = execute(plan_of(models), tmp_path / "out", EngineOptions(resume=True))
+    assert report.resumed
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+    assert entries(tmp_path) == ["model-0", "model-1", "model-2", "out", "whole"]
+
+
+def test_an_error_of_the_system_is_one_for_the_user(tmp_path, models, plan_of) -> None:
+    def fails(staged: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(staged / "README.md"))
+
+    with pytest.raises(MergeError, match=r"README\.md: No space left on device"):
+        execute(replace(plan_of(models), write_companions=fails), tmp_path / "out")
+    assert entries(tmp_path) == ["model-0", "model-1", "model-2"]  # nothing was finished yet
+
+
+OPEN_FILES = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from merge_child import plan_of
+from toolkit.errors import MergeError
+from toolkit.merging.streaming.engine import EngineOptions, execute
+hard = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, hard))
+try:
+    execute(plan_of([Path(p) for p in sys.argv[4:]]), Path(sys.argv[3]), EngineOptions(backend="reference"))
+except MergeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("hard", [60, 1000])
+def test_more_shards_than_files_may_be_open(tmp_path, write_model, random_state, hard) -> None:
+    folders = [write_model(tmp_path / f"m{k}", random_state(k), shards=40) for k in range(2)]
+    arguments = [str(CHILD.parent), str(hard), str(tmp_path / "out"), *map(str, folders)]
+    result = subprocess.run(
+        [sys.executable, "-c", OPEN_FILES, *arguments], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert ("ulimit -n" in result.stdout) == (hard == 60)
+    assert (tmp_path / "out").exists() == (hard == 1000)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, models, plan_of) -> None:

@@ -1,6 +1,7 @@
 """A merge that was stopped goes on, and gives the bytes of one that was not."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -116,6 +117,48 @@ def test_another_merge_does_not_go_on_with_it(
     execute(plan, tmp_path / "whole", replace(options, resume=False))
     assert content(out) == content(tmp_path / "whole")
     assert staging_folders(tmp_path) == []
+
+
+@pytest.mark.parametrize("change", ["device", "policy", "a file", "a small file", "nothing"])
+def test_what_lies_beside_the_weights_must_be_the_same(
+    tmp_path, models, plan_of, monkeypatch, change
+) -> None:
+    grams, beside = tmp_path / "grams.bin", tmp_path / "tokenizer"
+    grams.write_bytes(bytes(2 << 20))
+    beside.mkdir()
+    (beside / "adapter_config.json").write_text('{"alpha": 8}')
+    (beside / "README.md").write_text("")
+    plan = replace(plan_of(models), depends_on=(grams, beside))
+
+    def interrupt(num_bytes: int) -> None:
+        if num_bytes > 600_000:
+            raise Interrupted("enough")
+
+    with pytest.raises(Interrupted):
+        execute(plan, tmp_path / "out", replace(RECORD_ALL, on_progress=interrupt))
+    options = RESUME
+    if change == "device":
+        options = replace(options, device="cuda")  # asked for whole tensors only, which linear does without
+    if change == "policy":
+        options = replace(options, non_finite="keep")
+    if change == "a file":
+        grams.write_bytes(bytes(2 << 20))
+    if change == "a small file":
+        path = beside / "adapter_config.json"
+        before = path.stat()
+        path.write_text('{"alpha": 9}')
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    (beside / "README.md").write_text("other words")
+    report = execute(plan, tmp_path / "out", options)
+    assert report.resumed == (change == "nothing")
+
+
+def test_a_file_beside_the_weights_that_changes_meanwhile_is_an_error(tmp_path, models, plan_of) -> None:
+    beside = tmp_path / "grams.safetensors"
+    beside.write_bytes(b"1")
+    plan = replace(plan_of(models), depends_on=(beside,))
+    with pytest.raises(MergeError, match=r"grams\.safetensors was changed"):
+        execute(plan, tmp_path / "out", EngineOptions(on_progress=lambda _: beside.write_bytes(b"22")))
 
 
 def test_nothing_to_resume_is_said(tmp_path, models, plan_of) -> None:

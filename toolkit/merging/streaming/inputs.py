@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from toolkit.durable import file_sha256
-from toolkit.errors import MergeError, ModelError
+from toolkit.errors import MergeError
 from toolkit.merging.plan import MergePlan, tensor_readers
 from toolkit.merging.streaming.safetensors_file import FileIdentity, FileReader
 

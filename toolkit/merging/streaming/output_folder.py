@@ -26,7 +26,7 @@ def refuse_inputs(out: Path, paths: Iterable[Path]) -> None:
 
     Args:
         out: of the result.
-        paths: files and folders. Links are followed: a model in the hub's cache is a folder of links to files elsewhere.
+        paths: files and folders. Links are followed: a model in the hub's cache is a folder of links.
     """
     out = out.resolve()
     for folder in dict.fromkeys(folder for path in paths for folder in _folders(path)):
@@ -39,7 +39,7 @@ def refuse_inputs(out: Path, paths: Iterable[Path]) -> None:
 
 
 def _folders(path: Path) -> list[Path]:
-    """Where ``path`` lies, by every name: as it was given, with linked folders followed, with a linked file followed."""
+    """Where ``path`` lies: as it was given, with linked folders followed, with a linked file followed."""
     if path.is_dir():
         return [Path(os.path.abspath(path)), path.resolve()]
     return [Path(os.path.abspath(path)).parent, path.parent.resolve(), path.resolve().parent]

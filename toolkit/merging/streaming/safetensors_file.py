@@ -10,6 +10,7 @@ span; one that is cut off by another process while a kernel reads it ends this p
 prevent.
 """
 
+import errno
 import hashlib
 import json
 import mmap
@@ -262,6 +263,12 @@ def header_bytes(
     return struct.pack("<Q", len(text)) + text
 
 
+def _unreadable(path: Path, error: OSError) -> MergeError:
+    is_limit = error.errno in (errno.EMFILE, errno.ENFILE)
+    hint = "allow more open files: ulimit -n 65536" if is_limit else None
+    return MergeError(f"{path} cannot be read: {error.strerror}", hint=hint)
+
+
 class WeightsFile:
     """A safetensors file whose tensors can be read. Mapped at the first read, unmapped when nothing refers to it.
 
@@ -297,30 +304,37 @@ class WeightsFile:
         """Of the open file; it is closed when nothing refers to this object."""
         with self._lock:
             if self._descriptor is None:
-                try:
-                    descriptor = os.open(self.path, os.O_RDONLY)
-                except OSError as error:
-                    raise MergeError(f"{self.path}: {error.strerror}") from error
+                descriptor = self._opened()
                 weakref.finalize(self, os.close, descriptor)
-                self.header.identity.check(descriptor)
                 self._descriptor = descriptor
             return self._descriptor
+
+    def _opened(self) -> int:
+        """A new descriptor of the file whose header was read."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        try:
+            self.header.identity.check(descriptor)
+        except MergeError:
+            os.close(descriptor)
+            raise
+        return descriptor
 
     def _mapped(self) -> mmap.mmap:
         with self._lock:
             if self._map is None:
+                descriptor = self._opened()
                 try:
-                    descriptor = os.open(self.path, os.O_RDONLY)
-                except OSError as error:
-                    raise MergeError(f"{self.path}: {error.strerror}") from error
-                try:
-                    self.header.identity.check(descriptor)
                     self._map = mmap.mmap(
                         descriptor,
                         self.num_bytes,
                         flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
                         prot=mmap.PROT_READ | mmap.PROT_WRITE,  # torch warns of arrays that cannot be written
                     )
+                except OSError as error:  # a mapping keeps a descriptor of its own
+                    raise _unreadable(self.path, error) from error
                 finally:
                     os.close(descriptor)
                 self._map.madvise(mmap.MADV_SEQUENTIAL)
@@ -355,9 +369,11 @@ class FileReader:
         """
         num_bytes = size * self.carrier.itemsize
         target = memory[:num_bytes]
-        num_read = os.preadv(
-            self.file.descriptor(), [target.data], self.place + start * self.carrier.itemsize
-        )
+        place = self.place + start * self.carrier.itemsize
+        try:
+            num_read = os.preadv(self.file.descriptor(), [target.data], place)
+        except OSError as error:
+            raise _unreadable(self.file.path, error) from error
         if num_read != num_bytes:
             raise MergeError(f"{self.where} was cut off while it was being merged")
         return Span(target.view(self.carrier), self.dtype)

@@ -84,4 +84,6 @@ class WeightsWriter:
 def _failed(path: Path, error: OSError) -> MergeError:
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     hint = "free some space, or choose a folder on another disk" if is_full else None
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        hint = "allow more open files (ulimit -n 65536), or larger shards"
     return MergeError(f"{path} cannot be written: {error.strerror}", hint=hint)
