@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from toolkit.errors import ModelError
+from toolkit.merging.group import stored_dtype
 from toolkit.merging.lora import AdaptedSource
 from toolkit.merging.streaming.folder_source import FolderSource
 
@@ -176,6 +177,24 @@ def test_a_head_that_the_base_lacks_is_the_weighted_mean(bases, make_adapter):
         ModelError, match=r"classifier.*is not in the base, and the adapters' weights add up to 0"
     ):
         source.reader(name)
+
+
+def test_a_result_has_the_type_of_the_base_whatever_the_adapter_changes(bases, make_adapter):
+    def grow(model):
+        model.resize_token_embeddings(70)
+
+    base = FolderSource("base", bases["bf16"])
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    folders = [make_adapter(bases["bf16"], seed, **options) for seed in (1, 2)]
+    larger = [make_adapter(bases["bf16"], seed, **options, prepare=grow) for seed in (1, 2)]
+    sources = [AdaptedSource(base, folder) for folder in (folders[0], larger[0])]
+    sources += [AdaptedSource(AdaptedSource(base, one), two) for one, two in (folders, larger)]
+    for source in sources:
+        readers = [source.reader(name) for name in source.names()]
+        assert "float32" in {reader.dtype for reader in readers}
+        assert {stored_dtype(reader) for reader in readers} == {"bfloat16"}
+    head = AdaptedSource(base, make_adapter(bases["bf16"], task_type="SEQ_CLS"))
+    assert stored_dtype(head.reader("score.weight")) == "float32"  # the base has no such tensor
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from math import prod
 
 import numpy as np
 
-from toolkit.merging.group import Reader
+from toolkit.merging.group import MemoryReader, Reader
 from toolkit.merging.lora.adapter import TokenRows
 from toolkit.merging.lora.arrays import Array, widened
 from toolkit_kernels.rules import Floats
@@ -76,6 +76,17 @@ class Change:
         return self.update is None and self.magnitude is None and self.tokens is None
 
 
+@dataclass(frozen=True, slots=True)
+class ReplacingReader(MemoryReader):
+    """A whole tensor of an adapter, in the place of the base's.
+
+    Attributes:
+        result_dtype: as of AdaptedReader.
+    """
+
+    result_dtype: str
+
+
 class AdaptedReader:
     """W + sum_k weight_k (V_k - W), a Reader; without W the mean sum_k weight_k V_k / sum_k weight_k.
 
@@ -84,21 +95,25 @@ class AdaptedReader:
         shape: of the result.
         changes: K of them.
         where: for messages.
-
-    Attributes:
-        result_dtype: the base's, that a model with the adapter merged into it would have.
+        result_dtype: that a model with the adapter merged into it would have: that of the base's tensor, of whatever
+            shape; None where the base has none.
     """
 
     dtype = "float32"
 
     def __init__(
-        self, base: Reader | None, shape: tuple[int, ...], changes: Sequence[Change], where: str
+        self,
+        base: Reader | None,
+        shape: tuple[int, ...],
+        changes: Sequence[Change],
+        where: str,
+        result_dtype: str | None = None,
     ) -> None:
         self.base = base
         self.shape = shape
         self.changes = tuple(changes)
         self.where = where
-        self.result_dtype = self.dtype if base is None else base.dtype
+        self.result_dtype = result_dtype or self.dtype
         self._rows = shape[0] if shape else 1
         self._columns = prod(shape[1:])
         rank = max([1, *(c.update.left.shape[1] for c in changes if c.update is not None)])

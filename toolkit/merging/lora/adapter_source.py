@@ -9,7 +9,7 @@ import numpy as np
 from toolkit.errors import ModelError
 from toolkit.merging.group import Reader
 from toolkit.merging.lora.adapted_config import INPUT_EMBEDDINGS, adapted_config, is_dropped
-from toolkit.merging.lora.adapted_reader import AdaptedReader, Change, LowRank
+from toolkit.merging.lora.adapted_reader import AdaptedReader, Change, LowRank, ReplacingReader
 from toolkit.merging.lora.adapter import Adapter, LoraModule
 from toolkit.merging.lora.arrays import Array
 from toolkit.merging.sources import Source
@@ -218,8 +218,10 @@ class AdaptedSource:
         if any(replacement.shape != shape for replacement in replacements):
             shapes = ", ".join(str(replacement.shape) for replacement in replacements)
             raise ModelError(f"{where}: {name} has the shapes {shapes}; give adapters with the same one")
+        result_dtype = base.dtype if base is not None and base.dtype in CODES else None
         if len(changes) == 1 and changes[0].only_replaces and (changes[0].weight == 1.0 or base is None):
-            return replacements[0].reader(where)
+            new = replacements[0]
+            return ReplacingReader(new.span(), new.shape, new.dtype, where, result_dtype or new.dtype)
         if base is not None and base.shape != shape:
             base = None
         if base is None:
@@ -227,4 +229,4 @@ class AdaptedSource:
                 raise ModelError(f"{where}: {name} has another shape in one adapter than in the base")
             if not sum(change.weight for change in changes):
                 raise ModelError(f"{where}: {name} is not in the base, and the adapters' weights add up to 0")
-        return AdaptedReader(base, shape, changes, where)
+        return AdaptedReader(base, shape, changes, where, result_dtype)
