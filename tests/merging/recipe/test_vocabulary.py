@@ -104,6 +104,34 @@ def test_the_number_of_rows_can_be_a_multiple(folders):
         np.testing.assert_allclose(values[6:], [values[:6].mean(axis=0)] * 2, rtol=1e-7)
 
 
+def fisher_of(found, models=(A, B, C)) -> dict[ModelReference, np.ndarray]:
+    """The Fisher information -theta in the order of the result."""
+    readers = {model: memory(ROWS[model], str(model)) for model in models}
+    own = {model: memory(-ROWS[model], "fisher") for model in models}
+    aligned = found.aligned_fisher(NAME, readers, own)
+    return {
+        model: widened(reader.span(0, int(np.prod(reader.shape))), "float64").reshape(reader.shape)
+        for model, reader in aligned.items()
+    }
+
+
+def test_fisher_rows_go_where_the_rows_of_the_embedding_go(folders):
+    # <s>, red, blue, green, wine, sea; see test_union_by_hand.
+    fisher = fisher_of(unified(folders))
+    np.testing.assert_array_equal(fisher[A][:, 0], [-1, -2, -3, 0, 0, 0])
+    np.testing.assert_array_equal(fisher[B][:, 0], [-10, 0, -20, -30, -40, 0])
+    np.testing.assert_array_equal(fisher[C][:, 0], [-100, 0, 0, -300, -200, -400])
+
+
+def test_fisher_of_padding_and_of_forced_tokens(folders):
+    fisher = fisher_of(unified(folders, "base"))
+    np.testing.assert_array_equal(fisher[A], -ROWS[A])  # its padding is its own
+    np.testing.assert_array_equal(fisher[B][:, 0], [-10, 0, -20, 0])
+    fisher = fisher_of(unified(folders, "base", {"blue": source("model", B, force=True)}))
+    np.testing.assert_array_equal(fisher[A][:, 0], [-1, -2, 0, -9])
+    np.testing.assert_array_equal(fisher[B][:, 0], [-10, 0, 0, 0])
+
+
 def source(kind: str, model=None, token=None, number=None, *, force=False) -> TokenSource:
     return TokenSource(kind, model, token, number, force, "merge.yml:9")
 
@@ -195,6 +223,8 @@ def test_truncation_cuts_to_the_smallest():
     assert aligned[B].shape == (3, 2)
     np.testing.assert_array_equal(aligned[B].span(0, 6).data, ROWS[B][:3].reshape(-1))
     assert found.notes == [f"{NAME}: cut to 3 rows in b; tokens keep their numbers"]
+    fisher = found.aligned_fisher(NAME, readers, readers)
+    assert [reader.shape for reader in fisher.values()] == [(3, 2), (3, 2)]
 
 
 def test_which_tensors_have_a_row_for_each_token():

@@ -80,7 +80,7 @@ def shown(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return "[" + ", ".join(f"{number:g}" for number in value.tolist()) + "]"
     if isinstance(value, Mapping | list | tuple):
-        return str(list(value))
+        return f"[{', '.join(map(shown, value))}]"
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)

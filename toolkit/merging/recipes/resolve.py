@@ -131,6 +131,7 @@ class Planner:
             settings={"recipe": self.recipe.text},
             notes=list(dict.fromkeys(self.notes)),
             write_companions=companions.write,
+            depends_on=self._folders(),
         )
 
     # --- all models
@@ -180,12 +181,25 @@ class Planner:
         if self.recipe.dtype and self.recipe.out_dtype and self.recipe.dtype != self.recipe.out_dtype:
             self.notes.append("dtype has no effect beside out_dtype: sums are formed in float64")
 
+    def _folders(self) -> tuple[Path, ...]:
+        """Of every model and adapter, those that give only configuration or tokenizer included."""
+        found: dict[Path, None] = {}
+        for model in self.inputs.values():
+            files = (path.parent for path in model.source.files)
+            found |= dict.fromkeys((model.source.folder, model.tokenizer_folder, *files))
+        if isinstance(self.alignment, Unified):
+            found[self.alignment.origin] = None
+        return tuple(found)
+
     def _input_models(self) -> list[InputModel]:
         found = []
         for reference, model in self.inputs.items():
             is_read = reference in self.merged
             role = "tokenizer" if not is_read else "base" if reference == self.recipe.base_model else "model"
             found.append(InputModel(str(reference), role, tuple(model.source.files) if is_read else ()))
-        return found + [
-            InputModel(path, "fisher", (file.path,)) for path, file in self.tensors.fishers.items()
+        found += [
+            InputModel(path, "fisher", (file.path,)) for path, file in self.tensors.fisher.files.items()
         ]
+        for role, paths in self.tensors.files.items():
+            found += [InputModel(str(path), role, (path,)) for path in paths]
+        return found

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from toolkit.errors import ModelError
-from toolkit.merging.fisher_files import FisherFile, open_fisher
-from toolkit.merging.group import FisherTensor, Reader, stored_dtype
+from toolkit.merging.group import Reader, stored_dtype
 from toolkit.merging.plan import OutputTensor
+from toolkit.merging.recipes.fisher_inputs import FisherInputs
 from toolkit.merging.recipes.model_inputs import ModelInput, same_elements
 from toolkit.merging.recipes.parameters import Levels, Resolver
 from toolkit.merging.recipes.recipe import MergeRecipe, ModelReference
@@ -58,8 +58,8 @@ class TensorPlanner:
         self.resolver = Resolver(method, recipe)
         self.missing = _Missing()
         self.problems: list[str] = []
-        self.fishers: dict[str, FisherFile] = {}
-        self.without_fisher: dict[str, dict[str, None]] = {}
+        self.fisher = FisherInputs(inputs, alignment)
+        self.files: dict[str, dict[Path, None]] = {}
         self.levels: dict[tuple[int, tuple[int, ...]], Levels] = {}
 
     def tensor(self, section: Section, request: TensorRequest) -> OutputTensor | None:
@@ -97,30 +97,35 @@ class TensorPlanner:
         if any(reader.dtype not in CODES for reader in everything):
             return self._not_floating(request.name, everything)
         dtype = self._dtype(everything)
-        everything = self._aligned(section, request.name, everything)
-        if not self._shapes_fit(request.name, everything):
+        aligned = self._aligned(section, request.name, everything)
+        if not self._shapes_fit(request.name, aligned):
             return None
-        is_aligned = any(new is not old for new, old in zip(everything, [*readers, base], strict=False))
-        readers, base = everything[: len(readers)], everything[-1] if base is not None else None
-        return self._merged(section, request, readers, base, dtype, is_aligned)
-
-    def _merged(
-        self,
-        section: Section,
-        request: TensorRequest,
-        readers: list[Reader],
-        base: Reader | None,
-        dtype: str,
-        is_aligned: bool,
-    ) -> OutputTensor | None:
         try:
-            arguments = self.resolver.arguments(section.levels, request.name, request.own_names, request.t)
-            fisher = self._fisher(section, request, readers, is_aligned) if self.method.needs_fisher else ()
+            parameters = self._parameters(section, request)
+            fisher = ()
+            if self.method.needs_fisher:
+                paths = self.resolver.fishers(section.levels, request.name, request.own_names, request.t)
+                own = dict(zip(section.models, readers, strict=True))
+                fisher = self.fisher.tensors(request.name, own, request.own_names, paths)
         except LookupError as error:
             self.problems.append(str(error))
             return None
-        shape = readers[0].shape
-        return OutputTensor(request.name, shape, dtype, tuple(readers), base, fisher, self.method, arguments)
+        models, base = tuple(aligned[: len(readers)]), aligned[-1] if base is not None else None
+        return OutputTensor(
+            request.name, models[0].shape, dtype, models, base, fisher, self.method, parameters
+        )
+
+    def _parameters(self, section: Section, request: TensorRequest) -> Mapping[str, Any]:
+        """Of the method for one tensor; files among them are inputs of the merge. Raises LookupError."""
+        found = self.resolver.arguments(section.levels, request.name, request.own_names, request.t)
+        for parameter in self.method.parameters:
+            if parameter.kind is Path:
+                value = found[parameter.argument]
+                paths = dict.fromkeys(value if parameter.per_model else [value])
+                if missing := [path for path in paths if not path.is_file()]:
+                    raise ModelError(f"there is no file {missing[0]}, which '{parameter.name}' names")
+                self.files.setdefault(parameter.name, {}).update(paths)
+        return found
 
     def _dtype(self, readers: list[Reader]) -> str:
         """Of the result: as the recipe says, else the type that holds the values of all inputs."""
@@ -211,29 +216,6 @@ class TensorPlanner:
             self.levels[key] = Levels(section.levels.shared, own)
         return self.levels[key]
 
-    # --- Fisher
-
-    def _fisher(
-        self, section: Section, request: TensorRequest, readers: list[Reader], is_aligned: bool
-    ) -> tuple[FisherTensor | None, ...]:
-        paths = self.resolver.fishers(section.levels, request.name, request.own_names, request.t)
-        found: list[FisherTensor | None] = []
-        for model, path, own, reader in zip(section.models, paths, request.own_names, readers, strict=True):
-            name = self.inputs[model].actual_name(own)
-            entry = None if is_aligned else self._fisher_file(path).tensor(name, reader.shape)
-            if entry is None:
-                self.without_fisher.setdefault(path, {})[request.name] = None
-            found.append(entry)
-        return tuple(found)
-
-    def _fisher_file(self, path: str) -> FisherFile:
-        if path not in self.fishers:
-            file = Path(path).expanduser()
-            if not file.exists():
-                raise ModelError(f"there is no Fisher file {path}", hint="meldkit fisher makes it")
-            self.fishers[path] = open_fisher(file)
-        return self.fishers[path]
-
     # --- all of them
 
     def raise_problems(self) -> None:
@@ -264,7 +246,7 @@ class TensorPlanner:
         ]
         if self.missing.derived:
             found.append(f"{_some(self.missing.derived)} left out: not in all models, and made anew by each")
-        for path, names in self.without_fisher.items():
+        for path, names in self.fisher.uncovered.items():
             found.append(f"{path} does not cover {_some(list(names))}: the plain weighted mean there")
         return found
 

@@ -70,6 +70,20 @@ class Alignment:
         """Raises ModelError."""
         raise NotImplementedError
 
+    def aligned_fisher(
+        self,
+        name: str,
+        readers: Mapping[ModelReference, Reader],
+        fishers: Mapping[ModelReference, Reader],
+    ) -> dict[ModelReference, Reader]:
+        """The Fisher information of the same rows: zeros where a model's row is not its own.
+
+        Args:
+            readers: as for ``aligned``.
+            fishers: of some of the models, of their tensors' shapes.
+        """
+        raise NotImplementedError
+
 
 class Truncated(Alignment):
     """mergekit's --unsafe-truncate-embeddings: the first rows, as many as the smallest vocabulary has."""
@@ -88,6 +102,15 @@ class Truncated(Alignment):
             model: reader if reader.shape[0] == num_rows else FirstRows(reader, num_rows)
             for model, reader in readers.items()
         }
+
+    def aligned_fisher(
+        self,
+        name: str,
+        readers: Mapping[ModelReference, Reader],
+        fishers: Mapping[ModelReference, Reader],
+    ) -> dict[ModelReference, Reader]:
+        num_rows = min(reader.shape[0] for reader in readers.values())
+        return {model: FirstRows(fisher, num_rows) for model, fisher in fishers.items()}
 
 
 @dataclass
@@ -128,6 +151,15 @@ class Unified(Alignment):
         """The readers with a row for each token of the result, then the rows that fill up the vocabulary."""
         return _Rows(self, name, readers).readers()
 
+    def aligned_fisher(
+        self,
+        name: str,
+        readers: Mapping[ModelReference, Reader],
+        fishers: Mapping[ModelReference, Reader],
+    ) -> dict[ModelReference, Reader]:
+        rows = _Rows(self, name, readers)
+        return {model: rows.fisher(model, fisher) for model, fisher in fishers.items()}
+
 
 class _Rows:
     """The rows of one tensor, of all models."""
@@ -154,7 +186,7 @@ class _Rows:
                 self.own_VK[number, k] = row if row < rows else -1
 
     def readers(self) -> dict[ModelReference, Reader]:
-        stand_ins, forced = self._stand_ins()
+        stand_ins, forced = self._stand_ins(), self._forced()
         found: dict[ModelReference, Reader] = {}
         for k, model in enumerate(self.models):
             part_V = np.full(self.unified.num_tokens, k, np.int64)
@@ -175,18 +207,38 @@ class _Rows:
         if padding <= 0:
             return gathered(self.parts, part_V, row_V)
         parts, part, rows = self.parts, k, np.arange(self.unified.num_tokens, self.num_rows)
-        if self.parts[k].shape[0] < self.num_rows or not self._is_identity(k):
+        if not self._pads_itself(k):
             parts = [*self.parts, MeanOfAllRows(gathered(self.parts, part_V, row_V))]
             part, rows = len(self.parts), np.zeros(padding, np.int64)
         return gathered(parts, np.append(part_V, np.full(padding, part)), np.append(row_V, rows))
 
-    def _is_identity(self, k: int) -> bool:
-        return bool(np.array_equal(self.own_VK[:, k], np.arange(self.unified.num_tokens)))
+    def fisher(self, model: ModelReference, own: Reader) -> Reader:
+        """A model's Fisher information in the order of the result."""
+        k = self.models.index(model)
+        row_V = self.own_VK[:, k].copy()
+        row_V[sorted(self._forced())] = -1
+        padding = np.arange(self.unified.num_tokens, self.num_rows)
+        row_V = np.append(row_V, padding if self._pads_itself(k) else np.full(len(padding), -1))
+        is_own = row_V >= 0
+        zeros = Zeros((len(row_V), *own.shape[1:]), own.dtype)
+        # Zeros at the places that they go to: those that follow each other are one run.
+        return gathered([own, zeros], np.where(is_own, 0, 1), np.where(is_own, row_V, np.arange(len(row_V))))
 
-    def _stand_ins(self) -> tuple[dict[int, tuple[int, int]], set[int]]:
-        """Part and row for tokens that a model may lack, by token; and the tokens that get them in every model."""
+    def _pads_itself(self, k: int) -> bool:
+        """Whether the rows of model k behind its last token are those of the result."""
+        return self.parts[k].shape[0] >= self.num_rows and bool(
+            np.array_equal(self.own_VK[:, k], np.arange(self.unified.num_tokens))
+        )
+
+    def _forced(self) -> set[int]:
+        """The tokens that get the same embedding in every model, whether it has one or not."""
+        wanted = self.unified.requests.items()
+        forced = {token for token, request in wanted if request.force and request.kind != "default"}
+        return {number for token, number in self.unified.tokens.items() if token in forced}
+
+    def _stand_ins(self) -> dict[int, tuple[int, int]]:
+        """Part and row for tokens that a model may lack, by token."""
         stand_ins: dict[int, tuple[int, int]] = {}
-        forced: set[int] = set()
         numbers = {
             token: number for token, number in self.unified.tokens.items() if token in self.unified.requests
         }
@@ -194,8 +246,6 @@ class _Rows:
             request = self.unified.requests[token]
             if request.kind != "default":
                 stand_ins[number] = self._requested(token, number, request)
-            if request.force and request.kind != "default":
-                forced.add(number)
         has_VK = self.own_VK >= 0
         lacking = [int(v) for v in np.flatnonzero(~has_VK.all(axis=1)) if int(v) not in stand_ins]
         base = self.models.index(self.unified.base) if self.unified.base in self.models else None
@@ -217,7 +267,7 @@ class _Rows:
             part = self._zeros()
             stand_ins |= dict.fromkeys(unknown, (part, 0))
             self._note_unknown(unknown)
-        return stand_ins, forced
+        return stand_ins
 
     def _requested(self, token: str, number: int, request: TokenSource) -> tuple[int, int]:
         if request.kind == "zero" or request.model is None:
