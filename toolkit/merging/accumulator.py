@@ -4,8 +4,17 @@ import numpy as np
 import torch
 
 from toolkit.errors import InputError, MergeError
-from toolkit.merging.group import PIECE_SIZE
-from toolkit.merging.memory import State, outputs, same_names
+from toolkit.merging.fisher_files import norm_and_mean
+from toolkit.merging.group import PIECE_SIZE, MemoryReader
+from toolkit.merging.states import (
+    State,
+    check_memory,
+    copy_integers,
+    one_device,
+    outputs,
+    same_names,
+    tied,
+)
 from toolkit_kernels import dispatch
 from toolkit_kernels.backend import Backend
 from toolkit_kernels.pool import Pool
@@ -51,28 +60,34 @@ class Accumulator:
             label: whose state it is, for messages.
 
         Raises:
-            InputError: a weight that is negative or not finite, or a Fisher for some states only.
-            ModelError: other names or shapes than the first state's.
-            MergeError: the state or its Fisher holds NaN or infinity. Whatever is raised, the sums are as before.
+            InputError: a weight that is negative or not finite, a Fisher for some states only, another device than the
+                first state's.
+            ModelError: other names or shapes than the first state's, or a Fisher that is negative, NaN or
+                infinite.
+            MergeError: the state holds NaN or infinity. Whatever is raised, the sums are as before.
         """
         who = label or f"state {self.num_added}"
         if not 0 <= weight < float("inf"):
             raise InputError(f"{who}: a weight must be finite and not negative, and is {weight}")
         if self.num_added and (fisher is not None) != bool(self._fisher_weights):
             raise InputError(f"{who}: either every state comes with a Fisher, or none")
+        one_device({"the first state": self._first, who: state, f"the Fisher of {who}": fisher or {}})
         same_names(self._first or state, state, who)
         floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
         if fisher is not None:
             same_names(floating, fisher, f"Fisher of {who}")
         self._refuse_non_finite(floating, who)
-        self._refuse_non_finite(fisher or {}, f"Fisher of {who}")
+        floors = {
+            name: self._fisher_floor * self._mean(tensor, name, who)
+            for name, tensor in (fisher or {}).items()
+        }
         if not self.num_added:
             self._begin(state, with_fisher=fisher is not None)
         with Pool(self._num_threads) as pool:
             for name, tensor in floating.items():
                 self._add_to(self._means[name], tensor, weight, pool)
         for name, values in (fisher or {}).items():
-            self._add_fisher(name, state[name], weight, values)
+            self._add_fisher(name, state[name], weight, values, floors[name])
         self.total_weight += weight
         self.num_added += 1
 
@@ -86,6 +101,9 @@ class Accumulator:
         if not self.total_weight > 0:
             raise InputError("no state with a weight above zero has been added")
         result = outputs(self._first, out, None)
+        if out is not None:
+            check_memory(out, tied([{name: out[name] for name in self._first}]), {"the mean": self._means})
+        copy_integers(self._first, result)
         for name, total in self._means.items():
             mean = total / self.total_weight
             if self._fisher_weights:
@@ -122,8 +140,13 @@ class Accumulator:
 
         pool.map(add, range(0, values.size, size))
 
-    def _add_fisher(self, name: str, tensor: torch.Tensor, weight: float, fisher: torch.Tensor) -> None:
-        floor = self._fisher_floor * fisher.double().mean().item() if fisher.numel() else 0.0
+    def _mean(self, fisher: torch.Tensor, name: str, who: str) -> float:
+        reader = MemoryReader.of(fisher, f"the Fisher of {who}")
+        return norm_and_mean(reader, name, self._kernels(fisher))[1]
+
+    def _add_fisher(
+        self, name: str, tensor: torch.Tensor, weight: float, fisher: torch.Tensor, floor: float
+    ) -> None:
         flat = (x.reshape(-1) for x in (tensor, fisher, self._fisher_sums[name], self._fisher_weights[name]))
         for values, importance, total, weights in zip(*(x.split(PIECE_SIZE) for x in flat), strict=True):
             weighted = importance.double().clamp_(min=floor).mul_(weight)

@@ -16,10 +16,16 @@ import numpy as np
 from toolkit.errors import ModelError
 from toolkit.merging.group import PIECE_SIZE, FisherTensor, Reader
 from toolkit.merging.streaming.safetensors_file import WeightsFile
+from toolkit_kernels import dispatch
+from toolkit_kernels.backend import Backend
 from toolkit_kernels.reference import read
-from toolkit_kernels.spans import CODES
+from toolkit_kernels.rules import Inputs
+from toolkit_kernels.spans import CODES, ITEMSIZES, Span
+from toolkit_kernels.sums import tree_sum
 
 FORMAT = "meldkit-fisher-1"
+# Elements that are measured at once on a GPU.
+DEVICE_PIECE_SIZE = 1 << 24
 HINT = "meldkit fisher --model MODEL --data DATA --out FILE makes such a file"
 
 
@@ -131,21 +137,55 @@ def _numbers(file: WeightsFile, key: str) -> dict[str, float]:
     return numbers
 
 
-def norm_and_mean(reader: Reader, name: str) -> tuple[float, float]:
-    """L2 norm and mean of a tensor, in float64: squares of Fisher values underflow in float32.
+def norm_and_mean(reader: Reader, name: str, backend: Backend | None = None) -> tuple[float, float]:
+    """L2 norm and mean of a tensor, from a file or memory: |F| = sqrt(<F, F>), mean = <F, 1> / N.
+
+    The sums are those of :meth:`Backend.gram`, in float64 (squares of Fisher values underflow in float32): the same
+    bits on every device, by every backend, for any number of threads.
+
+    Args:
+        reader: of Fisher information.
+        name: of the tensor, for messages.
+        backend: of kernels; None for the fastest where the elements lie.
 
     Raises:
         ModelError: an element is negative, NaN or infinite.
     """
     size = prod(reader.shape)
-    squares, sums = [], []
-    for start in range(0, size, PIECE_SIZE):
-        values = read(reader.span(start, min(PIECE_SIZE, size - start)))
-        if not (np.isfinite(values).all() and values.min() >= 0):
-            wrong = values[~(np.isfinite(values) & (values >= 0))][0]
-            raise ModelError(
-                f"{reader.where}: {name} holds {wrong:g}; Fisher information is not negative", hint=HINT
-            )
-        squares.append(float(values @ values))
-        sums.append(float(values.sum()))
-    return sqrt(fsum(squares)), fsum(sums) / max(size, 1)
+    if not size:
+        return 0.0, 0.0
+    device = reader.span(0, 1).device
+    backend = backend or dispatch.backend("auto", device)
+    piece_size = PIECE_SIZE if device == "cpu" else DEVICE_PIECE_SIZE
+    terms = []
+    for start in range(0, size, piece_size):
+        span = reader.span(start, min(piece_size, size - start))
+        products = backend.gram(Inputs((span, _ones_like(span))))
+        if _has_negative(span) or not np.isfinite(products).all():
+            _refuse(span, reader.where, name)
+        terms.append(products)
+    total = tree_sum(terms)
+    return sqrt(total[0, 0]), float(total[0, 1]) / size
+
+
+def _ones_like(span: Span) -> Span:
+    if isinstance(span.data, np.ndarray):
+        return Span.of(np.ones(span.size, np.float16))
+    return Span.of(span.data.new_ones(span.size))
+
+
+def _has_negative(span: Span) -> bool:
+    """Whether an element is below zero, or a NaN with the sign bit."""
+    if not isinstance(span.data, np.ndarray):
+        return bool(span.data.amin() < 0)
+    num_bytes = ITEMSIZES[span.dtype]
+    return int(span.data.view(f"u{num_bytes}").max()) > 1 << (8 * num_bytes - 1)
+
+
+def _refuse(span: Span, where: str, name: str) -> None:
+    """Name an element that no Fisher information has."""
+    values = read(span)
+    wrong = values[~(np.isfinite(values) & (values >= 0))]
+    if not len(wrong):
+        raise ModelError(f"{where}: {name} holds {values.max():g}, whose square is beyond float64", hint=HINT)
+    raise ModelError(f"{where}: {name} holds {wrong[0]:g}; Fisher information is not negative", hint=HINT)

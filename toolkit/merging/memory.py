@@ -4,23 +4,34 @@ Nothing is kept between calls: a loop of ten thousand merges sees each state as 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from math import fsum, isfinite, sqrt
 from typing import Any
 
 import numpy as np
 import torch
 
 from toolkit.config.names import did_you_mean
-from toolkit.errors import InputError, MergeError, ModelError
+from toolkit.errors import ConfigError, InputError, MeldkitError, MergeError, ModelError
+from toolkit.merging.finite import num_hidden, num_in_group
+from toolkit.merging.fisher_files import norm_and_mean
 from toolkit.merging.group import PIECE_SIZE, FisherTensor, MemoryReader, TensorGroup
 from toolkit.merging.order import call_method
 from toolkit.merging.registry import MergeMethod, merge_methods
+from toolkit.merging.states import (
+    State,
+    check_memory,
+    copy_integers,
+    known_dtype,
+    one_device,
+    outputs,
+    same_names,
+    tied,
+)
 from toolkit_kernels import dispatch, sums
 from toolkit_kernels.backend import Backend
 from toolkit_kernels.pool import Pool
-from toolkit_kernels.rules import BLOCK, FisherMean, Inputs, Piece, Rule, WeightedSum
+from toolkit_kernels.rules import BLOCK, FisherMean, Piece, Rule, WeightedSum
 from toolkit_kernels.spans import Span
-
-State = Mapping[str, torch.Tensor]
 
 
 @torch.no_grad()
@@ -45,7 +56,8 @@ def merge_state_dicts(
         method: a name of :func:`toolkit.merging.registry.merge_methods`.
         base: theta_0, for methods that work on deltas.
         fisher: K diagonal Fishers (tensors >= 0 by name); a tensor that one of them lacks gets the plain weighted mean.
-        out: tensors that receive the result, e.g. of an earlier call; made where None. They may be those of a state.
+        out: tensors that receive the result, e.g. of an earlier call; made where None. They may be those of a state,
+            each under its name there.
         out_dtype: of the floating-point tensors of the result; None for that of the first state (or of the base).
         seed: of random masks.
         backend: auto, numba, torch, triton or reference.
@@ -55,33 +67,49 @@ def merge_state_dicts(
 
     Returns:
         The merged state, contiguous, in the order of the first state. Sums are formed in float64 and rounded once.
-        Integer tensors must be equal and are copied.
+        Integer tensors must be equal and are copied. Names that are one tensor in every state (tied embeddings), or in
+        ``out``, are merged once, under the first of them that every Fisher has, and are one tensor in the result.
 
     Raises:
-        InputError, ConfigError, ModelError: names, shapes or parameters do not fit; nothing was written.
-        MergeError: a value of the result is NaN or infinite; ``out`` is then undefined.
+        InputError, ConfigError, ModelError: names, shapes, devices, dtypes or parameters do not fit, or a Fisher is
+            negative or not finite; nothing was written.
+        MergeError: a value of the result, or of an input of which it may hide, is NaN or infinite; ``out`` is then
+            undefined.
     """
     chosen = _method(method)
     _check(states, base, chosen)
     _check_fisher(states, fisher, chosen)
     given = {name.rstrip("_"): value for name, value in parameters.items()}
     arguments = chosen.arguments(given, len(states))
+    _check_numbers(arguments)
     if chosen.base_is_a_model and base is not None:
         states, base = [base, *states], None
     first = states[0] if base is None else base
     if not first:
         return {}
     device = str(next(iter(first.values())).device)
-    result = outputs(first, out, out_dtype)
+    inputs = _named(states, base, fisher)
+    ties = tied([first, *states] if out is None else [{name: out.get(name, first[name]) for name in first}])
+    result = outputs(first, out, out_dtype, ties)
     with Pool(num_threads if device == "cpu" else 1) as pool:
         kernels = dispatch.backend(backend, device)
         merge = _Merge(chosen, arguments, states, base, fisher, result, seed, kernels, pool, on_progress)
-        names = [name for name, tensor in first.items() if tensor.is_floating_point()]
+        if out is not None:
+            check_memory(out, ties, inputs)
+            copy_integers(first, out)
+        names = [max(group, key=lambda name: sum(name in each for each in fisher or ())) for group in ties]
         if device == "cpu":
             merge.on_threads(names)
         else:
             merge.in_one_launch(names)
     return result
+
+
+def _named(states: Sequence[State], base: State | None, fisher: Sequence[State] | None) -> dict[str, State]:
+    """All inputs by what messages call them."""
+    named = {f"state {k}": state for k, state in enumerate(states)}
+    named |= {} if base is None else {"base": base}
+    return named | {f"Fisher {k}": tensors for k, tensors in enumerate(fisher or ())}
 
 
 class _Merge:
@@ -101,7 +129,7 @@ class _Merge:
         on_progress: Callable[[int], None] | None,
     ) -> None:
         self.method, self.arguments, self.states, self.base = method, arguments, states, base
-        self.fisher, self.norms = fisher, _fisher_norms(fisher, kernels)
+        self.fisher, self.measures = fisher, _measures(fisher, kernels, pool)
         self.result, self.seed, self.kernels, self.pool = result, seed, kernels, pool
         self.on_progress = on_progress
 
@@ -123,8 +151,9 @@ class _Merge:
             for piece in _pieces(*self._rule(name, map), self.result[name], size):
                 pieces.append(piece)
                 owners.append(name)
-        for name, count in zip(owners, self.kernels.apply(pieces), strict=True):
-            _refuse_non_finite(int(count), name, self.states, self.base)
+        hidden = [num_hidden(self.kernels, piece) for piece in pieces]  # before they are overwritten
+        for name, count, more in zip(owners, self.kernels.apply(pieces), hidden, strict=True):
+            self._refuse_non_finite(name, int(count) + more)
         for name in names:
             self._finished(name)
 
@@ -132,11 +161,14 @@ class _Merge:
         size = max(self.result[name].numel(), BLOCK)
         if shared:
             size = max(-(-size // (self.pool.num_threads * PIECE_SIZE)), 1) * PIECE_SIZE
-        rule, group = self._rule(name, self.pool.map if shared else map)
-        pieces = _pieces(rule, group, self.result[name], size)
-        counts = (self.pool.map if shared else map)(lambda piece: self.kernels.apply([piece])[0], pieces)
-        _refuse_non_finite(sum(int(count) for count in counts), name, self.states, self.base)
+        parallel_map = self.pool.map if shared else map
+        pieces = _pieces(*self._rule(name, parallel_map), self.result[name], size)
+        self._refuse_non_finite(name, sum(parallel_map(self._apply, pieces)))
         self._finished(name)
+
+    def _apply(self, piece: Piece) -> int:
+        hidden = num_hidden(self.kernels, piece)  # before it is overwritten
+        return hidden + int(self.kernels.apply([piece])[0])
 
     def _rule(self, name: str, parallel_map: sums.Map) -> tuple[Rule | torch.Tensor, TensorGroup]:
         target = self.result[name]
@@ -146,13 +178,38 @@ class _Merge:
             tuple(MemoryReader.of(state[name], f"state {k}") for k, state in enumerate(self.states)),
             None if self.base is None else MemoryReader.of(self.base[name], "base"),
             self.kernels,
-            _fisher_tensors(name, self.fisher, self.norms),
+            _fisher_tensors(name, self.fisher, self.measures),
             self.seed,
             parallel_map,
             str(target.device),
         )
-        rule, group, _ = call_method(self.method, group, self.arguments)
-        return rule, group
+        try:
+            rule, ordered, _ = call_method(self.method, group, self.arguments)
+        except MeldkitError:
+            raise
+        except Exception as error:
+            self._refuse_non_finite(name, num_in_group(group))
+            raise MergeError(f"{name}: {self.method.name} failed: {error}") from error
+        if isinstance(rule, torch.Tensor):  # which may hide whatever it was computed from
+            self._refuse_non_finite(name, num_in_group(group))
+        return rule, ordered
+
+    def _refuse_non_finite(self, name: str, count: int) -> None:
+        if not count:
+            return
+        written = self.result[name].data_ptr()
+        read = _named(self.states, self.base, self.fisher)
+        intact = {who: state[name] for who, state in read.items() if name in state}
+        intact = {who: tensor for who, tensor in intact.items() if tensor.data_ptr() != written}
+        guilty = [who for who, tensor in intact.items() if not bool(tensor.isfinite().all())]
+        if guilty:
+            raise MergeError(f"{name}: {', '.join(guilty)} holds NaN or infinity")
+        overwritten = [who for who in read if who not in intact and name in read[who]]
+        other = f", unless {overwritten[0]} held some" if overwritten else ""
+        raise MergeError(
+            f"{name}: {count} values of the result are NaN or infinite though no input's are{other}; the sum overflows "
+            "the dtype"
+        )
 
     def _finished(self, name: str) -> None:
         if self.on_progress is not None:
@@ -188,13 +245,11 @@ def _check(states: Sequence[State], base: State | None, method: MergeMethod) -> 
         raise InputError(f"{method.name} needs a base")
     if method.base == "none" and base is not None:
         raise InputError(f"{method.name} takes no base")
+    one_device(_named(states, base, None))
     for k, state in enumerate(states):
         same_names(states[0], state, f"state {k}")
     if base is not None:
         same_names(states[0], base, "base")
-    devices = {tensor.device for state in [*states, base or {}] for tensor in state.values()}
-    if len(devices) > 1:
-        raise InputError(f"the states lie on {', '.join(sorted(map(str, devices)))}; move them to one device")
 
 
 def _check_fisher(states: Sequence[State], fisher: Sequence[State] | None, method: MergeMethod) -> None:
@@ -202,92 +257,55 @@ def _check_fisher(states: Sequence[State], fisher: Sequence[State] | None, metho
         raise InputError(f"{method.name} needs the Fisher of every state")
     if fisher is not None and len(fisher) != len(states):
         raise InputError(f"{len(fisher)} Fishers for {len(states)} states")
+    one_device({"state 0": states[0], **_named((), None, fisher)} if states else {})
     for k, tensors in enumerate(fisher or ()):
         for name, tensor in tensors.items():
             if name not in states[0]:
                 raise ModelError(f"Fisher {k} has the tensor {name}, which the states have not")
             if tensor.shape != states[0][name].shape:
                 raise ModelError(f"{name}: Fisher {k} has shape {tuple(tensor.shape)}, the state another")
+            known_dtype(tensor, name, f"Fisher {k}")
 
 
-def same_names(first: State, state: State, who: str) -> None:
-    """Raises ModelError unless ``state`` has the names, shapes and (of integers) values of ``first``."""
-    missing, extra = sorted(first.keys() - state.keys()), sorted(state.keys() - first.keys())
-    if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has {extra[0]} too"
-        raise ModelError(f"{who} {what}: {len(missing)} tensors missing, {len(extra)} foreign")
-    for name, tensor in first.items():
-        other = state[name]
-        if other.shape != tensor.shape:
-            raise ModelError(f"{name}: {who} has shape {tuple(other.shape)}, the first {tuple(tensor.shape)}")
-        if other.is_floating_point() != tensor.is_floating_point():
-            raise ModelError(f"{name}: {who} has {other.dtype}, the first {tensor.dtype}")
-        if not tensor.is_floating_point() and not torch.equal(tensor, other):
-            raise ModelError(
-                f"{name}: {tensor.dtype} is not averaged, and {who} has other values than the first"
-            )
+def _check_numbers(arguments: Mapping[str, Any]) -> None:
+    problems = []
+    for name, value in arguments.items():
+        if isinstance(value, float) and not isfinite(value):
+            problems.append(f"{name} is {value}")
+        if isinstance(value, np.ndarray):
+            problems += [f"{name} of state {k} is {x}" for k, x in enumerate(value) if not isfinite(x)]
+    if problems:
+        raise ConfigError(problems)
 
 
-def outputs(
-    first: State, out: dict[str, torch.Tensor] | None, out_dtype: torch.dtype | None
-) -> dict[str, torch.Tensor]:
-    """Tensors for a result like ``first``: those of ``out`` after a check, or new ones. Integers are copied."""
-    if out is None:
-        return {
-            name: torch.empty_like(tensor, dtype=out_dtype, memory_format=torch.contiguous_format)
-            if tensor.is_floating_point()
-            else tensor.clone()
-            for name, tensor in first.items()
-        }
-    for name, tensor in first.items():
-        target = out.get(name)
-        dtype = out_dtype if out_dtype is not None and tensor.is_floating_point() else tensor.dtype
-        if (
-            target is None
-            or target.shape != tensor.shape
-            or target.dtype != dtype
-            or not target.is_contiguous()
-        ):
-            raise InputError(
-                f"out[{name!r}] must be a contiguous {dtype} tensor of shape {tuple(tensor.shape)}"
-            )
-        if not tensor.is_floating_point():
-            target.copy_(tensor)
-    return out
+# --- Fisher information
+
+Measures = list[dict[str, tuple[float, float]]]
+"""L2 norm and mean of each tensor of each Fisher."""
 
 
-def _fisher_norms(fisher: Sequence[State] | None, kernels: Backend) -> list[dict[str, float]]:
-    """L2 norm of each tensor of each Fisher."""
-    return [{name: _norm(tensor, kernels) for name, tensor in tensors.items()} for tensors in fisher or ()]
-
-
-def _norm(tensor: torch.Tensor, kernels: Backend) -> float:
-    whole = Span.of(tensor.contiguous())
-    return float(kernels.gram(Inputs((whole,)))[0, 0]) ** 0.5 if whole.size else 0.0
+def _measures(fisher: Sequence[State] | None, kernels: Backend, pool: Pool) -> Measures:
+    readers = [
+        (k, name, MemoryReader.of(tensor, f"Fisher {k}"))
+        for k, tensors in enumerate(fisher or ())
+        for name, tensor in tensors.items()
+    ]
+    found = pool.map(lambda entry: norm_and_mean(entry[2], entry[1], kernels), readers)
+    measures: Measures = [{} for _ in fisher or ()]
+    for (k, name, _), measure in zip(readers, found, strict=True):
+        measures[k][name] = measure
+    return measures
 
 
 def _fisher_tensors(
-    name: str, fisher: Sequence[State] | None, norms: Sequence[Mapping[str, float]]
+    name: str, fisher: Sequence[State] | None, measures: Measures
 ) -> tuple[FisherTensor | None, ...]:
     entries: list[FisherTensor | None] = []
-    for k, (tensors, tensor_norms) in enumerate(zip(fisher or (), norms, strict=True)):
+    for k, (tensors, known) in enumerate(zip(fisher or (), measures, strict=True)):
         if name not in tensors:
             entries.append(None)
             continue
-        mean = tensors[name].double().mean().item() if tensors[name].numel() else 0.0
-        model_norm = sum(norm**2 for norm in tensor_norms.values()) ** 0.5
-        reader = MemoryReader.of(tensors[name], f"Fisher {k}")
-        entries.append(FisherTensor(reader, mean, tensor_norms[name], model_norm))
+        norm, mean = known[name]
+        model_norm = sqrt(fsum(other**2 for other, _ in known.values()))
+        entries.append(FisherTensor(MemoryReader.of(tensors[name], f"Fisher {k}"), mean, norm, model_norm))
     return tuple(entries)
-
-
-def _refuse_non_finite(count: int, name: str, states: Sequence[State], base: State | None) -> None:
-    if not count:
-        return
-    named = [*((f"state {k}", state) for k, state in enumerate(states)), *([("base", base)] if base else [])]
-    guilty = [who for who, state in named if not bool(state[name].isfinite().all())]
-    if guilty:
-        raise MergeError(f"{name}: {', '.join(guilty)} holds NaN or infinity")
-    raise MergeError(
-        f"{name}: {count} values of the result are NaN or infinite though no input's are; the sum overflows the dtype"
-    )

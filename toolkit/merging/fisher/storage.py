@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from toolkit.durable import STAGING_PREFIX, sync
 from toolkit.errors import ModelError
 from toolkit.merging.fisher.likelihood import NORMALISATION
+from toolkit.merging.fisher_files import norm_and_mean
+from toolkit.merging.group import MemoryReader
 
 FORMAT = "meldkit-fisher-1"
-CHUNK_NUM_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Fisher:
     def __post_init__(self) -> None:
         if not self.norms:
             for name, tensor in self.tensors.items():
-                self.norms[name], self.means[name] = _norm_and_mean(tensor)
+                self.norms[name], self.means[name] = norm_and_mean(MemoryReader.of(tensor, "this Fisher"), name)
 
     @property
     def global_norm(self) -> float:
@@ -129,13 +130,3 @@ def _facts(path: str | Path, metadata: Mapping[str, str] | None) -> Mapping[str,
             hint="meldkit fisher --model MODEL --data DATA --out FILE makes one",
         )
     return metadata
-
-
-def _norm_and_mean(tensor: torch.Tensor) -> tuple[float, float]:
-    """In float64: the squares of Fisher values of a language model underflow in float32."""
-    squares, total = 0.0, 0.0
-    for chunk in tensor.reshape(-1).split(CHUNK_NUM_ELEMENTS):
-        wide = chunk.double()
-        total += wide.sum().item()
-        squares += wide.square_().sum().item()
-    return squares**0.5, total / max(1, tensor.numel())
