@@ -74,6 +74,28 @@ def test_a_result_that_overflows_is_never_written(tmp_path, models, plan_of, nam
     assert entries(tmp_path) == ["model-0", "model-1", "model-2"]
 
 
+@pytest.mark.parametrize("policy", ["error", "keep"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_whole_tensor_that_overflows_is_never_written(
+    tmp_path, write_model, plan_of, method_of, policy, dtype
+) -> None:
+    """Two models of finite values near the largest: their sum is not one of float32."""
+    large = torch.tensor([1.0, 3e38, 2.0])
+    folders = [write_model(tmp_path / name, {"w": large, "small": torch.ones(2)}) for name in "ab"]
+    plan = plan_of(folders, method_of(lambda group: sum(group.tensors()[0])), dtype=dtype)
+    with pytest.raises(MergeError, match=r"(?s)w: 1 values .* overflows") as caught:
+        execute(plan, tmp_path / "out", EngineOptions(non_finite=policy))
+    assert "the first at element 1" in str(caught.value)
+    assert entries(tmp_path) == ["a", "b"]
+
+
+def test_a_whole_tensor_of_models_that_are_not_finite_is_kept(tmp_path, models, plan_of, method_of) -> None:
+    broken(models[1], "wide", 5, float("nan"))
+    plan = plan_of(models, method_of(lambda group: sum(group.tensors()[0])))
+    report = execute(plan, tmp_path / "out", EngineOptions(non_finite="keep"))
+    assert report.non_finite == {str(models[1] / "model.safetensors"): 1}
+
+
 def test_a_nan_that_a_mask_hides_is_seen(tmp_path, models, plan_of, method_of) -> None:
     def keep_nothing(group):
         keep = Keep(among=Threshold(0xFFFFFFFF, -1))

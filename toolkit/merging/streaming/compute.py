@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,12 +30,14 @@ class Prepared:
         group: what the rule is applied to; where the method gave a tensor, that tensor alone.
         rule: to apply.
         order: of the models in the group, as places in the tensor's.
+        is_whole: whether the method gave the merged tensor itself.
     """
 
     tensor: OutputTensor
     group: TensorGroup
     rule: Rule
     order: Sequence[int] = ()
+    is_whole: bool = False
 
     def inputs(self, start: int, scratch: Scratch | None) -> Inputs:
         """Of the piece that begins at element ``start``."""
@@ -127,7 +129,7 @@ class Computer:
 
         Raises:
             ModelError: an input holds NaN or infinity.
-            MergeError: the method failed.
+            MergeError: the method failed, or gave what is not finite though the inputs are.
         """
         group = TensorGroup(
             tensor.name,
@@ -152,16 +154,22 @@ class Computer:
             raise MergeError(
                 f"{tensor.name}: {method.name} failed: {type(error).__name__}: {error}"
             ) from error
-        if not isinstance(result, Rule):  # the merged tensor itself; whatever it hides was read whole
-            self._look_at_inputs(tensor, findings)
-            if tuple(result.shape) != tensor.shape:
-                raise MergeError(
-                    f"{tensor.name}: {method.name} gave the shape {tuple(result.shape)}, not {tensor.shape}"
-                )
-            reader = MemoryReader.of(result.detach().cpu(), f"the result of {method.name}")
-            group = TensorGroup(tensor.name, tensor.shape, (reader,), None, self.backend)
-            return Prepared(tensor, group, ONE)
-        return Prepared(tensor, group, result, order)
+        if isinstance(result, Rule):
+            return Prepared(tensor, group, result, order)
+        return self._whole(tensor, method.name, result, findings)
+
+    def _whole(self, tensor: OutputTensor, method: str, result: Any, findings: Findings) -> Prepared:
+        """The merged tensor itself: what its method does to NaN and infinity in inputs, nobody knows."""
+        are_finite = not self._look_at_inputs(tensor, findings)
+        if tuple(result.shape) != tensor.shape:
+            raise MergeError(
+                f"{tensor.name}: {method} gave the shape {tuple(result.shape)}, not {tensor.shape}"
+            )
+        reader = MemoryReader.of(result.detach().cpu(), f"the result of {method}")
+        if are_finite and int(self.backend.non_finite(Inputs((reader.whole,)))[0]):
+            _refuse_overflow(tensor, _is_non_finite(reader.whole), 0, reader.dtype)
+        group = TensorGroup(tensor.name, tensor.shape, (reader,), None, self.backend)
+        return Prepared(tensor, group, ONE, is_whole=True)
 
     def compute(
         self,
@@ -205,28 +213,22 @@ class Computer:
         ]
         readers += [entry.reader for entry in group.fisher if entry is not None][: len(inputs.fisher)]
         bad = [_is_non_finite(span) for span in spans]
-        self._report(
-            prepared.tensor, [(r, int(b.sum())) for r, b in zip(readers, bad, strict=True)], findings
-        )
+        if not prepared.is_whole:  # the inputs of a whole tensor have been looked at
+            counts = [(reader, int(b.sum())) for reader, b in zip(readers, bad, strict=True)]
+            self._report(prepared.tensor, counts, findings)
         new = _is_non_finite(out) & ~np.logical_or.reduce(bad)
         if new.any():
-            tensor = prepared.tensor
-            self._look_at_inputs(tensor, Findings(), always=True)
-            place = start + int(np.argmax(new))
-            raise MergeError(
-                f"{tensor.name}: {int(new.sum()):,} values of the result are NaN or infinite though no input is"
-                f" (the first at element {place:,}): the result overflows {tensor.dtype}"
-                f" ({', '.join(reader.where for reader in tensor.models)})",
-                hint="smaller weights, or a wider dtype for the result",
-            )
+            self._look_at_inputs(prepared.tensor, Findings(), always=True)
+            _refuse_overflow(prepared.tensor, new, start, prepared.tensor.dtype)
 
-    def _look_at_inputs(self, tensor: OutputTensor, findings: Findings, *, always: bool = False) -> None:
+    def _look_at_inputs(self, tensor: OutputTensor, findings: Findings, *, always: bool = False) -> int:
         """Count what is not finite in all of a tensor's inputs."""
         counts = []
         for reader in tensor_readers(tensor):
             spans = (reader.span(start, size) for start, size in piece_bounds(tensor.size))
             counts.append((reader, sum(int(self.backend.non_finite(Inputs((span,)))[0]) for span in spans)))
         self._report(tensor, counts, findings, always=always)
+        return sum(count for _, count in counts)
 
     def _report(
         self,
@@ -246,6 +248,16 @@ class Computer:
             )
         for where, count in guilty:
             findings.non_finite[where] = findings.non_finite.get(where, 0) + count
+
+
+def _refuse_overflow(tensor: OutputTensor, new: NDArray[np.bool_], start: int, dtype: str) -> NoReturn:
+    """``new`` marks the elements from ``start`` on that are not finite though the inputs are."""
+    raise MergeError(
+        f"{tensor.name}: {int(new.sum()):,} values of the result are NaN or infinite though no input is"
+        f" (the first at element {start + int(np.argmax(new)):,}): the result overflows {dtype}"
+        f" ({', '.join(reader.where for reader in tensor.models)})",
+        hint="smaller weights, or a wider dtype for the result",
+    )
 
 
 def is_copied(tensor: OutputTensor) -> bool:
