@@ -23,9 +23,10 @@ def folders(tmp_path, tiny_model) -> dict[str, Path]:
 def test_no_model_of_a_recipe_is_deleted(folders, out) -> None:
     recipe = {
         "merge_method": "linear",
-        "base_model": str(folders["base"]),  # linear has no base: it gives configuration and tokenizer
+        "base_model": str(folders["base"]),
+        "parameters": {"weight": 1},
         "tokenizer": {"source": str(folders["vocabulary"])},
-        "models": [{"model": str(folders[n]), "parameters": {"weight": 1}} for n in ("first", "second")],
+        "models": [{"model": str(folders[n])} for n in ("first", "second")],
     }
     before = sorted(path.name for path in folders[out].iterdir())
     with pytest.raises(RunDirectoryError, match="is one of the inputs"):

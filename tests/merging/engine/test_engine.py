@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from toolkit.merging.group import MemoryReader
+from toolkit.merging.group import FisherTensor, MemoryReader
 from toolkit.merging.plan import OutputTensor
 from toolkit.merging.streaming.engine import EngineOptions, execute
 from toolkit_kernels.dispatch import available
@@ -181,8 +181,6 @@ def test_deltas_of_a_base(tmp_path, models, plan_of, method_of) -> None:
 
 
 def test_fisher_reaches_the_kernel(tmp_path, models, plan_of, method_of) -> None:
-    from toolkit.merging.group import FisherTensor
-
     def fisher(group):
         return FisherMean(np.ones(2), np.zeros(2), np.full(2, 0.5))
 
@@ -234,6 +232,31 @@ def test_weights_that_differ_in_a_group_are_a_range(tmp_path, models, plan_of, m
 
     report = execute(plan_of(models, method_of(by_size)), tmp_path / "out")
     assert report.groups[0]["effective_weights"] == {"lowest": [1.0, 0.0005, 0.0], "highest": [1.0, 1.0, 0.0]}
+
+
+def test_a_method_that_gives_tensors_has_no_weights(tmp_path, models, plan_of, method_of) -> None:
+    def doubled(group):
+        return group.tensors()[0][0] * 2
+
+    report = execute(plan_of(models, method_of(doubled, "doubled")), tmp_path / "out")
+    assert report.groups[0]["rule"] == "doubled"
+    assert report.groups[0]["effective_weights"] == []
+
+
+def test_fisher_weights_are_those_that_are_applied(tmp_path, models, plan_of, method_of) -> None:
+    def fisher(group):
+        return FisherMean(np.array([2.0, 1e-6, 3.0]), np.zeros(3), np.full(3, 1 / 3))
+
+    plan = plan_of(models, method_of(fisher))
+
+    def with_fisher(tensor: OutputTensor) -> OutputTensor:
+        reader = MemoryReader(Span.of(np.ones(tensor.size, np.float32)), tensor.shape, "float32", "Fisher")
+        return replace(tensor, fisher=(FisherTensor(reader, 1.0, 1.0, 1.0),) * 3)
+
+    report = execute(replace(plan, tensors=[with_fisher(t) for t in plan.tensors]), tmp_path / "out")
+    assert report.groups[0]["rule"] == "FisherMean"
+    assert report.groups[0]["effective_weights"] == [2.0, 1e-6, 3.0]
+    assert "normal" in report.groups[0]["effective_weights_are"]
 
 
 def test_files_are_readable_as_the_umask_says(tmp_path, models, plan_of) -> None:

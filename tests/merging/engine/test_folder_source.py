@@ -1,6 +1,7 @@
 """A folder as named tensors: shards, indices, adapters, tied heads; whatever does not fit together is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -56,6 +57,34 @@ def test_a_broken_index_is_refused(tmp_path, write_model, text: str) -> None:
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ModelError, match=r"index\.json"):
         FolderSource("m", folder)
+
+
+def test_a_single_file_beside_shards_is_what_transformers_loads(tmp_path, write_model, tiny_model) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.save_pretrained(tmp_path / "m", max_shard_size="200KB")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.save_pretrained(tmp_path / "single")
+    shutil.move(tmp_path / "single" / "model.safetensors", tmp_path / "m" / "model.safetensors")
+    source = FolderSource("m", tmp_path / "m")
+    assert [file.name for file in source.files] == ["model.safetensors"]
+    (note,) = source.notes
+    assert "model.safetensors.index.json" in note
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m").state_dict()
+    name = source.names()[0]
+    size = loaded[name].numel()
+    assert not loaded[name].any()
+    assert not source.reader(name).span(0, size).data.any()
+
+
+def test_an_index_of_the_single_file_is_no_riddle(tmp_path, write_model) -> None:
+    folder = write_model(tmp_path / "m", STATE)
+    weight_map = dict.fromkeys(STATE, "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert FolderSource("m", folder).notes == []
 
 
 def test_an_adapter_is_a_plain_folder_of_tensors(tmp_path) -> None:

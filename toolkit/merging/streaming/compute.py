@@ -80,13 +80,25 @@ class Findings:
             known[2] = [max(pair) for pair in zip(known[2], highest, strict=True)]
 
 
+def rule_name(prepared: Prepared) -> str:
+    """What was applied to the models: the kind of rule, or the method where it gave the tensor itself."""
+    if prepared.is_whole and prepared.tensor.method is not None:
+        return prepared.tensor.method.name
+    return type(prepared.rule).__name__
+
+
 def effective_weights(prepared: Prepared) -> list[float]:
-    """What each model counts, in the order of the plan; with a weight for the base, that one last."""
+    """What each model counts, in the order of the plan; with a weight for the base, that one last.
+
+    Of a Fisher mean the factors of the Fishers' elements, what normalises them included. None of a whole tensor.
+    """
     rule = prepared.rule
+    if prepared.is_whole:
+        return []
     if isinstance(rule, WeightedSum):
         weights, base = rule.weights, [] if rule.base_weight is None else [float(rule.base_weight)]
     elif isinstance(rule, FisherMean):
-        weights, base = rule.fallback, []
+        weights, base = rule.weights, []
     elif isinstance(rule, Consensus):
         weights, base = rule.scale * rule.weights, []
     else:

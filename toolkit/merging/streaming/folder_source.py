@@ -32,6 +32,9 @@ class FolderSource:
         label: as the user named the model.
         folder: of a model (config.json) or an adapter (adapter_config.json, which is then ``config``).
 
+    Attributes:
+        notes: what the user should know.
+
     Raises:
         ModelError: the folder has no sound weights; the message names the file.
     """
@@ -39,7 +42,8 @@ class FolderSource:
     def __init__(self, label: str, folder: Path) -> None:
         self.label = label
         self.folder = folder
-        weights, weight_map = _weights(folder)
+        self.notes: list[str] = []
+        weights, weight_map = _weights(folder, self.notes)
         self.config: Mapping[str, Any] = _config(folder)
         if not weights:
             raise ModelError(f"{folder} has no .safetensors weights")
@@ -86,15 +90,24 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _weights(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """Files in order, and the map from tensors to file names where there is an index."""
+def _weights(folder: Path, notes: list[str]) -> tuple[list[Path], dict[str, str] | None]:
+    """Files in order, and the map from tensors to file names where there is an index.
+
+    A single file comes before an index, as in transformers' from_pretrained.
+    """
     for stem in ("model", "adapter_model"):
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            weight_map = _weight_map(index)
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        weight_map = _weight_map(index) if index.is_file() else None
+        if single.is_file() and set((weight_map or {}).values()) <= {single.name}:
+            return [single], weight_map or None
+        if single.is_file():
+            notes.append(
+                f"{folder} has {single.name} and shards with {index.name}: the single file is read, which"
+                " transformers loads too"
+            )
+            return [single], None
+        if weight_map is not None:
             return [folder / name for name in sorted(set(weight_map.values()))], weight_map
-        if (folder / f"{stem}.safetensors").is_file():
-            return [folder / f"{stem}.safetensors"], None
     found = sorted(folder.glob("*.safetensors"))
     if len(found) < 2:
         return found, None

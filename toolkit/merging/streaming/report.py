@@ -13,6 +13,7 @@ from typing import Any
 from toolkit.merging.plan import MergePlan
 from toolkit.merging.streaming.compute import Findings
 from toolkit.merging.streaming.progress_file import plain
+from toolkit_kernels.rules import FisherMean
 
 REPORT_NAME = "merge_report.json"
 
@@ -126,7 +127,10 @@ def input_facts(plan: MergePlan, sha256: Mapping[Path, str]) -> list[dict[str, A
 
 
 def group_facts(groups: Mapping[str, Mapping[str, Any]], findings: Findings) -> list[dict[str, Any]]:
-    """Groups of tensors with the weights that their rules had: one list, or the lowest and the highest."""
+    """Groups of tensors with the weights that their rules had: one list, or the lowest and the highest.
+
+    No weights where a method gave tensors; the rule is then the method's name.
+    """
     result = []
     for name, facts in groups.items():
         rule, lowest, highest = findings.weights.get(name, (None, [], []))
@@ -134,4 +138,6 @@ def group_facts(groups: Mapping[str, Mapping[str, Any]], findings: Findings) -> 
         if lowest != highest:
             weights = {"lowest": lowest, "highest": highest}
         result.append({**facts, "rule": rule, "effective_weights": plain(weights)})
+        if rule == FisherMean.__name__:
+            result[-1]["effective_weights_are"] = "factors of the Fishers' elements, normalisation included"
     return result

@@ -14,6 +14,7 @@ from toolkit.merging.streaming.compute import (
     effective_weights,
     is_copied,
     piece_bounds,
+    rule_name,
     typed,
 )
 from toolkit.merging.streaming.layout import Place
@@ -126,7 +127,7 @@ class Work:
     def _prepared(self, place: Place, findings: Findings, parallel_map: Any) -> Prepared:
         prepared = self._computer.prepare(place.tensor, findings, parallel_map)
         weights = effective_weights(prepared)
-        findings.see(self._group_of[place.index], type(prepared.rule).__name__, weights, weights)
+        findings.see(self._group_of[place.index], rule_name(prepared), weights, weights)
         return prepared
 
     def _buffer(self, num_bytes: int) -> np.ndarray:
