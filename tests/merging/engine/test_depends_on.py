@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from toolkit.errors import RunDirectoryError
 from toolkit.merging.folders import merge_folders
@@ -37,3 +38,19 @@ def test_no_model_of_a_recipe_is_deleted(folders, out) -> None:
             engine_options=EngineOptions(overwrite=True),
         )
     assert sorted(path.name for path in folders[out].iterdir()) == before
+
+
+def test_a_model_with_two_sets_of_weights_is_noted(folders, tmp_path) -> None:
+    AutoModelForCausalLM.from_pretrained(folders["second"]).save_pretrained(
+        tmp_path / "shards", max_shard_size="200KB"
+    )
+    for path in (tmp_path / "shards").glob("model*"):
+        shutil.copy(path, folders["second"])
+    report = merge_folders(
+        {
+            "merge_method": "linear",
+            "models": [{"model": str(folders[n]), "parameters": {"weight": 1}} for n in ("first", "second")],
+        },
+        tmp_path / "out",
+    )
+    assert any("second has model.safetensors and shards" in note for note in report.notes)

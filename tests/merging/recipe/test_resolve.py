@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from toolkit.errors import ModelError
+from toolkit.errors import ConfigError, ModelError
 from toolkit.merging.recipes.recipe_file import read
 from toolkit.merging.recipes.resolve import PlanOptions, plan_merge
 
@@ -98,12 +98,59 @@ def test_the_base_is_the_first_model_of_slerp_and_no_model_of_ties(plan_of, make
             assert tensor.base.where.split("/")[-2] == "a"
 
 
-def test_a_base_of_a_method_without_one_gives_configuration_only(plan_of, make_model):
+def test_the_base_of_a_method_without_one_is_merged_as_mergekit_does(plan_of, make_model):
     a, b, c = (make_model(name, toy(), num_hidden_layers=4) for name in "abc")
-    plan = plan_of(linear(a, b, base_model=c))
-    assert {len(tensor.models) for tensor in plan.tensors} == {2}
+    text = f"merge_method: linear\nbase_model: {c}\nparameters: {{weight: 2}}\nmodels:\n"
+    text += f"  - {{model: {a}, parameters: {{weight: 3}}}}\n  - {{model: {b}}}\n"
+    plan = plan_of(text)
+    for tensor in plan.tensors:
+        assert [reader.where.split("/")[-2] for reader in tensor.models] == ["a", "b", "c"]
+        assert tensor.parameters["weight"].tolist() == [3, 2, 2]
+    assert [model.role for model in plan.inputs] == ["model"] * 3
+    assert f"{c} is merged as the other models are: linear has no base" in plan.notes
+    listed = plan_of(linear(a, b, c, base_model=c))
+    assert {len(tensor.models) for tensor in listed.tensors} == {3}
+    assert not any("is merged as" in note for note in listed.notes)
+
+
+def test_a_base_that_is_merged_needs_what_the_models_need(plan_of, make_model):
+    a, b = (make_model(name, toy(), num_hidden_layers=4) for name in "ab")
+    with pytest.raises(
+        ConfigError, match=rf"base_model {b} is merged too, as linear has no base, and has no 'w"
+    ):
+        plan_of(linear(a, base_model=b))
+    with pytest.raises(ConfigError, match="passthrough takes 1 model, not 2 with base_model"):
+        plan_of(f"merge_method: passthrough\nmodels: [{{model: {a}}}]\nbase_model: {b}")
+
+
+def test_a_base_that_no_slice_is_cut_from_gives_configuration_only(plan_of, make_model):
+    a, c = (make_model(name, toy(), num_hidden_layers=4) for name in "ac")
+    plan = plan_of(
+        f"merge_method: passthrough\nbase_model: {c}\nslices: [{{sources: [{{model: {a}, layer_range: [0, 2]}}]}}]"
+    )
+    assert {tensor.models[0].where.split("/")[-2] for tensor in plan.tensors} == {"a"}
     assert (plan.inputs[0].role, plan.inputs[0].files) == ("tokenizer", ())
-    assert "its weights do not count" in plan.notes[0]
+    assert f"{c} gives configuration and tokenizer only: no slice is cut from it" in plan.notes
+
+
+def test_the_base_of_a_slice_needs_no_parameters(plan_of, make_model):
+    a, b = (make_model(name, toy(), num_hidden_layers=4) for name in "ab")
+    text = f"""
+merge_method: ties
+slices:
+  - base_model: {a}
+    sources:
+      - {{model: {a}, layer_range: [0, 4]}}
+      - {{model: {b}, layer_range: [0, 4], parameters: {{weight: 1}}}}
+"""
+    for tensor in plan_of(text).tensors:
+        assert tensor.base is not None
+        assert tensor.base.where.split("/")[-2] == "a"
+    wrong = text.replace("merge_method: ties", f"merge_method: ties\nbase_model: {b}").replace(
+        ", parameters: {weight: 1}", ""
+    )
+    with pytest.raises(ConfigError, match=rf"needs the parameter 'weight' for {b}"):
+        plan_of(wrong)
 
 
 # --- slices

@@ -7,6 +7,7 @@ from toolkit.config.names import did_you_mean
 from toolkit.merging.recipes.parameters import FISHER, NEEDLESS, converted, parameters_of
 from toolkit.merging.recipes.recipe import (
     FISHER_SETTINGS,
+    InputModel,
     MergeRecipe,
     ModelReference,
     OutputSlice,
@@ -14,6 +15,9 @@ from toolkit.merging.recipes.recipe import (
     Settings,
 )
 from toolkit.merging.registry import REQUIRED, MergeMethod, Parameter, merge_methods
+
+# The place of a model that stands in no list.
+BASE = "base_model"
 
 
 def check_settings(recipe: MergeRecipe) -> tuple[list[str], list[str]]:
@@ -42,7 +46,8 @@ def check_settings(recipe: MergeRecipe) -> tuple[list[str], list[str]]:
                 wrong += _wrong_values(known[name], setting)
     for slice_, models, levels, place in _merges(recipe, method):
         wrong += [f"{place}: {text}" for text in _wrong_models(method, recipe, slice_, models)]
-        wrong += _missing_parameters(method, models, levels, place, recipe)
+        base = (slice_.base_model if slice_ else None) or recipe.base_model
+        wrong += _missing_parameters(method, models, levels, place, base)
     return unknown, list(dict.fromkeys(wrong))
 
 
@@ -62,6 +67,16 @@ def split_base(
     if method.base == "none" or base is None:
         return list(range(len(models))), None
     return [index for index, model in enumerate(models) if model != base], base
+
+
+def merged_entries(
+    method: MergeMethod, recipe: MergeRecipe, entries: Sequence[InputModel]
+) -> tuple[InputModel, ...]:
+    """The models of a list; a method without a base merges base_model too, listed or not, as mergekit does."""
+    base = recipe.base_model
+    if not entries or base is None or method.base != "none" or base in [entry.model for entry in entries]:
+        return tuple(entries)
+    return (*entries, InputModel(base, {}, BASE))
 
 
 def _settings_with_level(recipe: MergeRecipe) -> Iterator[tuple[Settings, bool]]:
@@ -100,7 +115,10 @@ def _merges(recipe: MergeRecipe, method: MergeMethod) -> Iterator[_Merge]:
         if models:
             yield (
                 None,
-                [_Input(entry.model, (entry.parameters, *upper), entry.place) for entry in models],
+                [
+                    _Input(entry.model, (entry.parameters, *upper), entry.place)
+                    for entry in merged_entries(method, recipe, models)
+                ],
                 upper,
                 place,
             )
@@ -154,8 +172,9 @@ def _wrong_models(
             str(fewest) if fewest == most else f"{fewest} or more" if most is None else f"{fewest} to {most}"
         )
         beside = " beside base_model" if base is not None else ""
+        added = " with base_model" if models and models[-1].place == BASE else ""
         problems.append(
-            f"{method.name} takes {count} models{beside}, not {len(others)}".replace("1 models", "1 model")
+            f"{method.name} takes {count} model{'' if count == '1' else 's'}{beside}, not {len(others)}{added}"
         )
     return problems
 
@@ -165,7 +184,7 @@ def _missing_parameters(
     models: Sequence[_Input],
     shared: tuple[Settings, ...],
     place: str,
-    recipe: MergeRecipe,
+    base: ModelReference | None,
 ) -> list[str]:
     required = [
         p for p in (*method.parameters, *([FISHER] if method.needs_fisher else [])) if p.default is REQUIRED
@@ -175,8 +194,15 @@ def _missing_parameters(
         if not parameter.per_model and not _is_set(parameter, shared):
             problems.append(f"{place}: {method.name} needs the parameter '{parameter.name}'")
         for entry in models:
-            is_base = method.base != "none" and entry.model == recipe.base_model
-            if parameter.per_model and not is_base and not _is_set(parameter, entry.levels):
+            is_base = method.base != "none" and entry.model == base
+            if not parameter.per_model or is_base or _is_set(parameter, entry.levels):
+                continue
+            if entry.place == BASE:
+                problems.append(
+                    f"{place}: base_model {entry.model} is merged too, as {method.name} has no base, and has no "
+                    f"'{parameter.name}'; list it among the models with one, or leave base_model out"
+                )
+            else:
                 problems.append(
                     f"{entry.place}: {method.name} needs the parameter '{parameter.name}' for {entry.model}"
                 )

@@ -91,6 +91,8 @@ class Planner:
         self.method: MergeMethod = merge_methods()[recipe.merge_method]
         self.donor = inputs[donor_of(recipe)]
         self.notes = [*recipe.notes, *notes_on_settings(recipe)]
+        for model in inputs.values():
+            self.notes += getattr(model.source, "notes", [])
         self.merged = self._merged_models()
         self.alignment = self._alignment(folder_of)
         self.tensors = TensorPlanner(recipe, self.method, inputs, self.alignment, options.on_missing)
@@ -138,14 +140,15 @@ class Planner:
 
     def _merged_models(self) -> list[ModelReference]:
         """Without a base that only gives configuration and tokenizer."""
-        base = self.recipe.base_model
-        listed = replace(self.recipe, base_model=None).references()
-        if base is not None and base not in listed and self.method.base == "none":
-            self.notes.append(
-                f"{base} gives configuration and tokenizer; {self.method.name} has no base, so its weights do not count"
-            )
-            return listed
-        return self.recipe.references()
+        recipe, base = self.recipe, self.recipe.base_model
+        listed = replace(recipe, base_model=None).references()
+        if base is None or base in listed or self.method.base != "none":
+            return recipe.references()
+        if recipe.models or any(module.models for module in recipe.modules.values()):
+            self.notes.append(f"{base} is merged as the other models are: {self.method.name} has no base")
+            return recipe.references()
+        self.notes.append(f"{base} gives configuration and tokenizer only: no slice is cut from it")
+        return listed
 
     def _alignment(self, folder_of: Callable[[ModelReference], Path]) -> Alignment | None:
         if self.recipe.tokenizer is not None:
@@ -195,7 +198,8 @@ class Planner:
         found = []
         for reference, model in self.inputs.items():
             is_read = reference in self.merged
-            role = "tokenizer" if not is_read else "base" if reference == self.recipe.base_model else "model"
+            is_base = self.method.base != "none" and reference == self.recipe.base_model
+            role = "tokenizer" if not is_read else "base" if is_base else "model"
             found.append(InputModel(str(reference), role, tuple(model.source.files) if is_read else ()))
         found += [
             InputModel(path, "fisher", (file.path,)) for path, file in self.tensors.fisher.files.items()

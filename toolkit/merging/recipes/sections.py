@@ -15,7 +15,7 @@ from toolkit.merging.recipes.recipe import (
     OutputSlice,
     Settings,
 )
-from toolkit.merging.recipes.recipe_checks import split_base
+from toolkit.merging.recipes.recipe_checks import merged_entries, split_base
 from toolkit.merging.recipes.slices import LayerList, Layers, is_before_layers, with_layers
 from toolkit.merging.registry import MergeMethod
 
@@ -105,6 +105,7 @@ class _Planner:
     def models(
         self, entries: Sequence[InputModel], upper: tuple[Settings, ...], only: set[str] | None
     ) -> Section:
+        entries = merged_entries(self.method, self.recipe, entries)
         settings = {entry.model: (entry.parameters, *upper) for entry in entries}
         section = self.section([entry.model for entry in entries], settings, upper, self.recipe.base_model)
         names: dict[str, None] = {}
