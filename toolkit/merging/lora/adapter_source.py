@@ -52,6 +52,7 @@ class AdaptedSource:
         times = "" if weight == 1.0 else f"*{weight:g}"
         self.label = f"{base.label}+{Path(adapter.where).name}{times}"
         self.folder = base.folder
+        self.notes: list[str] = getattr(base, "notes", [])
         self.tokenizer_folder: Path = getattr(base, "tokenizer_folder", base.folder)
         if adapter.folder is not None and (adapter.folder / "tokenizer_config.json").is_file():
             self.tokenizer_folder = adapter.folder
