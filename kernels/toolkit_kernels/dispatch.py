@@ -1,5 +1,6 @@
 """Which backend computes: chosen by name, or the fastest that can run here."""
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -25,14 +26,18 @@ def available(device: str = "cpu") -> list[str]:
 
 @functools.cache
 def backend(name: str = "auto", device: str = "cpu") -> Backend:
-    """The backend ``name``; ``auto`` is the fastest that runs on ``device``.
+    """The backend ``name``; ``auto`` is the fastest that runs on ``device`` and can be imported.
 
     Raises:
         ValueError: no such backend.
-        ImportError: what it needs is not installed.
+        ImportError, OSError: what it needs is not installed, or damaged.
     """
     if name == "auto":
-        name = available(device)[0]
+        *others, last = available(device)
+        for other in others:
+            with contextlib.suppress(ImportError, OSError):
+                return backend(other, device)
+        return backend(last, device)
     if name not in MODULES:
         raise ValueError(f"no backend {name!r}; there are auto, {', '.join(MODULES)}")
     return importlib.import_module(MODULES[name]).make()

@@ -69,6 +69,11 @@ class Span:
         """``cpu``, ``cuda:0``, ..."""
         return "cpu" if isinstance(self.data, np.ndarray) else str(self.data.device)
 
+    @property
+    def on_cpu(self) -> bool:
+        """``device == "cpu"``, faster."""
+        return isinstance(self.data, np.ndarray) or self.data.is_cpu
+
     def part(self, start: int, size: int) -> "Span":
         """The ``size`` elements from ``start`` on; a view."""
         return Span(self.data[start : start + size], self.dtype)

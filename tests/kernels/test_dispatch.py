@@ -1,6 +1,7 @@
 """Which backend computes."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,34 @@ def test_without_triton_torch_computes_on_a_gpu(without):
     without("triton")
     assert dispatch.available("cuda") == ["torch", "reference"]
     assert dispatch.backend(device="cuda:0").name == "torch"
+
+
+@pytest.mark.parametrize(
+    "error", ["ImportError('needs numpy 2.3 or less')", "OSError('libffi.so: cannot open')"]
+)
+@pytest.mark.parametrize("package", ["llvmlite", "numba"])
+def test_auto_goes_on_where_numba_is_installed_but_broken(tmp_path, package, error):
+    """numba refuses a numpy that is too new when it is imported; only code in the cache does without it."""
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text(f"raise {error}\n")
+    code = (
+        "from toolkit_kernels import dispatch\n"
+        "print(dispatch.backend().name)\n"
+        "try: dispatch.backend('numba')\n"
+        "except (ImportError, OSError) as error: print(error)\n"
+    )
+    environment = {**os.environ, "MELDKIT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT / "kernels",
+        env=environment,
+    )
+    chosen, message = done.stdout.splitlines()
+    assert chosen == "torch"
+    assert message in error
 
 
 def test_an_unknown_name_is_refused():

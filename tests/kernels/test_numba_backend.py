@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("numba")
 
 from toolkit_kernels import numba_backend
 from toolkit_kernels.numba_backend import consensus, objects
-from toolkit_kernels.rules import Consensus, Inputs, Keep, Piece, Threshold, WeightedSum
+from toolkit_kernels.rules import Consensus, FisherMean, Inputs, Keep, NearSwap, Piece, Threshold, WeightedSum
 from toolkit_kernels.spans import Span
 
 # Adds two models in a process of its own and says which packages that took.
@@ -112,6 +113,45 @@ def test_a_file_in_the_place_of_the_folder_is_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+@pytest.mark.parametrize("home", ["", "~nobody-of-that-name/cache"])
+def test_a_user_without_a_home_is_no_error(tmp_path: Path, home: str) -> None:
+    """As in a container that runs under a user id without an entry in the list of users."""
+    code = (
+        "import os, pwd\n"
+        "for name in ('HOME', 'XDG_CACHE_HOME'): os.environ.pop(name, None)\n"
+        "def unknown(user): raise KeyError(user)\n"
+        "pwd.getpwuid = pwd.getpwnam = unknown\n"
+        f"os.environ['MELDKIT_CACHE'] = {home!r}\n"
+        "from toolkit_kernels.numba_backend import objects\n"
+        "print(objects.cache_folder())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == ("None", "")
+
+
+def test_memory_of_another_device_is_refused() -> None:
+    """An address on a GPU is none on the CPU: reading it ends the process."""
+    here, there = (Span.of(torch.zeros(4, device=device)) for device in ("cpu", "meta"))
+    backend, one = numba_backend.make(), WeightedSum(np.ones(1))
+    keep = Consensus(np.ones(1), (Keep(),), elect=False, normalize=False, scale=1.0)
+    mean = FisherMean(np.ones(1), np.zeros(1), np.ones(1))
+    calls = [
+        lambda: backend.apply([Piece(Inputs((there,)), one, here)]),
+        lambda: backend.apply([Piece(Inputs((here,)), one, there)]),
+        lambda: backend.apply([Piece(Inputs((here,), there), keep, here)]),
+        lambda: backend.apply([Piece(Inputs((here,), there), NearSwap(0.1), here)]),
+        lambda: backend.apply([Piece(Inputs((here,), None, (there,)), mean, here)]),
+        lambda: backend.gram(Inputs((there,))),
+        lambda: backend.histogram(Inputs((here,), there), None),
+        lambda: backend.equal_positions(Inputs((there,)), 0, 0),
+        lambda: backend.non_finite(Inputs((there,))),
+        lambda: backend.add_squares(here, there),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="a span lies on meta"):
+            call()
+
+
 def test_code_is_not_taken_from_a_folder_that_others_may_write(filled_cache: Path) -> None:
     (path,) = objects_in(filled_cache)
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700

@@ -40,12 +40,20 @@ _ALL, _NO_WORD = Threshold(0, 1 << 62), -1
 
 
 def make() -> "NumbaBackend":
+    objects.check()
     return NumbaBackend()
+
+
+def _place(span: Span) -> int:
+    """Where a span begins; the kernels would end the process at an address of another device."""
+    if not span.on_cpu:
+        raise ValueError(f"the numba backend computes on the CPU, and a span lies on {span.device}")
+    return span.address
 
 
 def _table(spans: Sequence[Span]) -> NDArray[np.int64]:
     """[2, K]: addresses, dtype codes."""
-    return np.array([[span.address for span in spans], [span.code for span in spans]], np.int64)
+    return np.array([[_place(span) for span in spans], [span.code for span in spans]], np.int64)
 
 
 def _base_table(inputs: Inputs) -> NDArray[np.int64]:
@@ -79,7 +87,7 @@ class NumbaBackend:
 
     def _apply(self, piece: Piece) -> int:
         rule, inputs = piece.rule, piece.inputs
-        out = (piece.out.address, piece.out.code, piece.out.size)
+        out = (_place(piece.out), piece.out.code, piece.out.size)
         if isinstance(rule, WeightedSum):
             return self._weighted_sum(rule, inputs, out)
         if isinstance(rule, FisherMean):
@@ -116,7 +124,7 @@ class NumbaBackend:
         base, theta = _base(inputs), inputs.theta[0]
         limit = np.array([rule.t], np.float64)
         compute = objects.load("elementwise", "near_swap", 8)
-        return compute(base.address, base.code, theta.address, theta.code, _address(limit), *out)
+        return compute(_place(base), base.code, _place(theta), theta.code, _address(limit), *out)
 
     def gram(self, inputs: Inputs) -> Floats:
         spans, base = _table(inputs.theta), _base_table(inputs)
@@ -160,12 +168,12 @@ class NumbaBackend:
 
     def non_finite(self, inputs: Inputs) -> NDArray[np.int64]:
         count = objects.load("reductions", "non_finite", 3)
-        return np.array([count(span.address, span.code, span.size) for span in _members(inputs)], np.int64)
+        return np.array([count(_place(span), span.code, span.size) for span in _members(inputs)], np.int64)
 
     def add_squares(self, total: Span, values: Span, scale: float = 1.0) -> None:
         factor = np.array([scale], np.float64)
         add = objects.load("elementwise", "add_squares", 5)
-        add(total.address, values.address, values.code, _address(factor), total.size)
+        add(_place(total), _place(values), values.code, _address(factor), total.size)
 
 
 def _address(array: np.ndarray) -> int:

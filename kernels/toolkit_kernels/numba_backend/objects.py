@@ -35,6 +35,16 @@ def load(module: str, name: str, num_arguments: int) -> Callable[..., int]:
         return _load(module, name, num_arguments)
 
 
+def check() -> None:
+    """Raises ImportError or OSError where numba cannot be imported and may be needed.
+
+    Code in the cache, made with the same versions, shows that it can: then it is not imported here either.
+    """
+    folder = cache_folder()
+    if folder is None or not any(folder.glob("*.o")):
+        import numba  # noqa: F401 - whether that works is all we ask
+
+
 @functools.cache
 def _load(module: str, name: str, num_arguments: int) -> Callable[..., int]:
     folder = cache_folder()
@@ -109,11 +119,12 @@ def _compile(module: str, name: str, num_arguments: int) -> bytes:
 @functools.cache
 def cache_folder() -> Path | None:
     """The folder for exactly this code on this processor; None where there is no safe one."""
-    folder = _user_folder() / "kernels" / _key()
+    key = _key()
     try:
+        folder = _user_folder() / "kernels" / key
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.stat()
-    except OSError:
+    except (OSError, RuntimeError):  # the latter where the user has no home
         return None
     safe = os.name != "posix" or (
         state.st_uid == os.geteuid() and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
@@ -132,7 +143,8 @@ def _user_folder() -> Path:
 def _key() -> str:
     sources = {path.name: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py")}
     settings = {name: value for name, value in os.environ.items() if name.startswith("NUMBA_")}
-    versions = (llvmlite.__version__, importlib.metadata.version("numba"), llvm.get_process_triple())
+    packages = [importlib.metadata.version(name) for name in ("numba", "numpy")]
+    versions = (llvmlite.__version__, *packages, llvm.get_process_triple())
     everything = (
         sorted(sources.items()),
         sorted(settings.items()),
