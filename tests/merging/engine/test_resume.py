@@ -271,6 +271,7 @@ def test_a_sound_merge_is_verified(tmp_path, models, plan_of) -> None:
     assert report.verified is not None
     assert report.verified.num_tensors == 47
     assert report.verified.num_different == 0
+    assert report.verified.num_bytes_compared == report.bytes_written
     assert report.verified.num_elements == sum(t.size for t in plan_of(models).tensors)
     assert report.verified.backend != report.backend
     for path in (tmp_path / "out").glob("*.safetensors"):
@@ -297,6 +298,39 @@ def test_a_bit_that_flipped_on_its_way_is_found(tmp_path, models, plan_of, where
     with pytest.raises(MergeError, match=where):
         execute(plan_of(models), tmp_path / "out", EngineOptions(verify=True, on_progress=flip))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model-0", "model-1", "model-2"]
+
+
+def test_a_bit_that_flipped_is_found_wherever_it_lies(tmp_path, write_model, plan_of) -> None:
+    """Of twelve tensors four are computed again; every one is compared with what was handed to the kernel."""
+    import torch
+
+    state = {f"t{i}": torch.randn(70_000, generator=torch.Generator().manual_seed(i)) for i in range(12)}
+    folders = [write_model(tmp_path / "m", state)]
+    total = plan_of(folders).bytes_written
+    for name in state:
+
+        def flip(num_bytes: int, name: str = name) -> None:
+            if num_bytes < total:
+                return
+            (staged,) = staging_folders(tmp_path)
+            place = read_header(staged / "model.safetensors").entries[name].start + 4 * 43_210
+            with open(staged / "model.safetensors", "r+b") as stream:
+                stream.seek(place)
+                byte = stream.read(1)
+                stream.seek(place)
+                stream.write(bytes([byte[0] ^ 1]))
+
+        with pytest.raises(MergeError, match=rf"{name}\b"):
+            execute(plan_of(folders), tmp_path / "out", EngineOptions(verify=True, on_progress=flip))
+
+
+def test_what_an_earlier_process_wrote_is_said_not_to_be_compared(tmp_path, models, plan_of, stopped) -> None:
+    out = stopped(600_000)
+    report = execute(plan_of(models), out, replace(RESUME, verify=True))
+    assert report.resumed
+    assert report.verified is not None
+    assert 0 < report.verified.num_bytes_compared < report.bytes_written
+    assert any("computed again in a sample only" in note for note in report.notes)
 
 
 def test_a_method_that_is_not_the_same_twice_is_found(tmp_path, models, plan_of, method_of) -> None:

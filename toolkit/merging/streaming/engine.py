@@ -139,7 +139,7 @@ class _Run:
             non_finite=options.non_finite,
         )
         group_of, self.groups = parameter_groups(layout.places)
-        self.writer = WeightsWriter(folder.staged, layout)
+        self.writer = WeightsWriter(folder.staged, layout, keeps_checksums=options.verify)
         self.progress = ProgressFile(folder.staged, digest, self.writer.sync, seconds=options.record_seconds)
         self.todo = layout.places
         self.resumed = False
@@ -193,7 +193,13 @@ class _Run:
         verified = None
         if self.options.verify:
             before = time.perf_counter()
-            verified = verify(staged, self.layout, self.plan, self.computer, self.pool, self.stop)
+            verified = verify(
+                staged, self.layout, self.plan, self.writer.written, self.computer, self.pool, self.stop
+            )
+            if self.resumed:
+                self.notes.append(
+                    "what was written before the merge was resumed was computed again in a sample only"
+                )
             self.seconds.verifying = time.perf_counter() - before
         self.stop()
         self.seconds.total = time.perf_counter() - started

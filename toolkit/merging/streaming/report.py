@@ -39,6 +39,7 @@ class Verified:
         num_elements: recomputed.
         backend: that recomputed them.
         num_different: elements whose bits differ, by one unit in the last place at most.
+        num_bytes_compared: with the checksums of what was computed; a resumed merge has those of its own part.
         sha256: of each weights file, read from the disk.
     """
 
@@ -46,6 +47,7 @@ class Verified:
     num_elements: int
     backend: str
     num_different: int
+    num_bytes_compared: int
     sha256: dict[str, str]
 
 

@@ -1,8 +1,12 @@
-"""--verify: read the written files again, from the disk, and compute a part of them once more with another backend."""
+"""--verify: the files as the disk gives them back are those that were computed, and another backend computes the same.
+
+All bytes are compared with checksums of what was handed to the kernel; a sample of tensors is computed once more.
+"""
 
 import hashlib
 import os
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from toolkit.merging.streaming.compute import Computer, Findings, as_bytes, is_c
 from toolkit.merging.streaming.layout import Layout, Place
 from toolkit.merging.streaming.report import Verified
 from toolkit.merging.streaming.safetensors_file import CARRIER, WeightsFile
+from toolkit.merging.streaming.weights_writer import Written
 from toolkit_kernels import dispatch
 from toolkit_kernels.pool import Pool
 from toolkit_kernels.rules import Inputs
@@ -23,12 +28,20 @@ from toolkit_kernels.spans import CODES, Span
 SMALL_SIZE = 1 << 16
 MAX_SMALL_TENSORS = 1000
 NUM_LARGE_TENSORS = 4
+# Bytes that are read at a time.
+BLOCK_BYTES = 1 << 20
 # Of a large tensor this many pieces, the last one among them.
 NUM_PIECES = 4
 
 
 def verify(
-    folder: Path, layout: Layout, plan: MergePlan, computer: Computer, pool: Pool, check: Callable[[], None]
+    folder: Path,
+    layout: Layout,
+    plan: MergePlan,
+    units: Sequence[Written],
+    computer: Computer,
+    pool: Pool,
+    check: Callable[[], None],
 ) -> Verified:
     """Compare files with what was to be written.
 
@@ -36,6 +49,7 @@ def verify(
         folder: with the weights files.
         layout: of them.
         plan: they were computed from.
+        units: what this process wrote, with checksums.
         computer: that computed them.
         pool: of threads.
         check: called now and then; raises to end the work.
@@ -51,17 +65,20 @@ def verify(
     for path, shard in zip(paths, layout.shards, strict=True):
         if _head(path, len(shard.header)) != shard.header or path.stat().st_size != shard.num_bytes:
             raise MergeError(f"{path} has not the header or the size that was written")
-    written = _Written([WeightsFile(path) for path in paths])
+    written = _Files([WeightsFile(path) for path in paths])
     if not computer.keeps:
         pool.map(lambda place: written.refuse_non_finite(place, computer, check), layout.places)
     second = _second_backend(computer)
     sample = _sample(layout.places, plan.seed)
     compared = pool.map(lambda place: written.compare(place, second, plan.seed, check), sample)
+    # Last, as a unit may be many tensors and the sample names one.
+    pool.map(lambda unit: _compare_checksum(paths[unit.shard], unit, layout, check), units)
     return Verified(
         len(sample),
         sum(size for size, _ in compared),
         second.backend.name,
         sum(different for _, different in compared),
+        sum(unit.num_bytes for unit in units),
         sha256,
     )
 
@@ -94,7 +111,27 @@ def _sample(places: Sequence[Place], seed: int) -> list[Place]:
     )
 
 
-class _Written:
+def _compare_checksum(path: Path, unit: Written, layout: Layout, check: Callable[[], None]) -> None:
+    check()
+    checksum, start, end = 0, unit.start, unit.start + unit.num_bytes
+    with open(path, "rb") as stream:
+        stream.seek(start)
+        while start < end:
+            block = stream.read(min(end - start, BLOCK_BYTES))
+            if not block:
+                break
+            checksum, start = zlib.crc32(block, checksum), start + len(block)
+    if checksum != unit.checksum or start != end:
+        names = [
+            place.tensor.name
+            for place in layout.places
+            if place.shard == unit.shard and place.start < end and unit.start < place.start + place.num_bytes
+        ]
+        what = names[0] if len(names) == 1 else f"one of {len(names)} tensors, {names[0]} to {names[-1]},"
+        raise MergeError(f"{path}: {what} differs from what was written")
+
+
+class _Files:
     """The tensors of the result as they lie in the files."""
 
     def __init__(self, files: Sequence[WeightsFile]) -> None:

@@ -2,6 +2,9 @@
 
 import errno
 import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.errors import MergeError
@@ -10,18 +13,31 @@ from toolkit.merging.streaming.layout import Layout
 _CANNOT_PREALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Bytes that were handed to the kernel: number of the file, place in it, and their CRC-32."""
+
+    shard: int
+    start: int
+    num_bytes: int
+    checksum: int
+
+
 class WeightsWriter:
     """Open weights files. Writes may come from several threads.
 
     Args:
         folder: staged.
         layout: of the result.
+        keeps_checksums: of all that is written from now on.
 
     Raises:
         MergeError: the disk is full or fails.
     """
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    def __init__(self, folder: Path, layout: Layout, *, keeps_checksums: bool = False) -> None:
+        self._keeps_checksums = keeps_checksums
+        self._written: list[Written] = []
         self.paths = [folder / shard.name for shard in layout.shards]
         self._layout = layout
         self._descriptors: list[int] = []
@@ -61,12 +77,20 @@ class WeightsWriter:
 
     def write(self, shard: int, start: int, memory: memoryview) -> None:
         """Write bytes at byte ``start`` of a file."""
+        if self._keeps_checksums:
+            self._written.append(Written(shard, start, memory.nbytes, zlib.crc32(memory)))
         try:
             while memory.nbytes:
                 written = os.pwrite(self._descriptors[shard], memory, start)
                 memory, start = memory[written:], start + written
         except OSError as error:
             raise _failed(self.paths[shard], error) from error
+
+    @property
+    def written(self) -> Sequence[Written]:
+        """Tensors' bytes that this process wrote, where checksums are kept."""
+        headers = [len(shard.header) for shard in self._layout.shards]
+        return [unit for unit in self._written if unit.start >= headers[unit.shard]]
 
     def sync(self) -> None:
         """Make everything written so far durable."""
