@@ -124,7 +124,7 @@ def consensus(rule: Consensus, theta_KN: Sequence[Floats], base_N: Floats | None
     if rule.normalize:
         weights_KN = [np.where(c, w, 0.0) for c, w in zip(counted_KN, rule.weights, strict=True)]
         divisor_N = _in_order([zero_N, *weights_KN])
-        total_N = total_N / np.where(divisor_N == 0, 1.0, divisor_N)
+        total_N = total_N / np.where(np.abs(divisor_N) <= rule.negligible, 1.0, divisor_N)
     return base_N + rule.scale * total_N
 
 

@@ -7,6 +7,7 @@ the output's dtype, each to nearest even (float64 outputs are not rounded). So b
 Legend: K models, N elements, theta_k model k, theta_0 the base, delta_k = theta_k - theta_0 in float64.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ Floats = NDArray[np.float64]
 
 # The length of the blocks over which sums of products are formed; see Backend.gram.
 BLOCK = 1024
+# Sums of weights whose magnitude is this small beside that of the weights are rounding.
+CANCELLED = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,8 @@ class Consensus:
     Without ``elect``: m = sum_k v_k; with ``normalize`` divided by sum_k weights_k.
     With ``elect`` (TIES, arXiv:2306.01708): s = +1 if sum_k v_k >= 0 else -1; m = sum of the v_k with sign(v_k) = s;
     with ``normalize`` divided by the sum of the weights of those k.
-    A sum that is NaN elects -1. A divisor of zero counts as one. Sums start at +0.0 and add +0.0 for what is left out.
+    A sum that is NaN elects -1. A divisor of at most ``negligible`` in magnitude counts as one: weights of both signs
+    that cancel leave rounding. Sums start at +0.0 and add +0.0 for what is left out.
     """
 
     weights: Floats
@@ -125,6 +129,11 @@ class Consensus:
     elect: bool
     normalize: bool
     scale: float
+
+    @property
+    def negligible(self) -> float:
+        """CANCELLED * sum_k |weights_k|, over all models."""
+        return CANCELLED * math.fsum(abs(self.weights))
 
 
 @dataclass(frozen=True, slots=True)

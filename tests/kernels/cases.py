@@ -217,3 +217,14 @@ def assert_inputs_are_only_read(backend: Backend, dtype: str) -> None:
         assert all(np.array_equal(bits(each), old) for each, old in zip(spans, before, strict=True)), (
             rule_name
         )
+
+
+def assert_cancelled_weights_divide_by_one(backend: Backend, elect: bool) -> None:
+    weights = np.array([0.1, 0.2, -0.3])
+    assert 0 < abs(weights.sum()) < 1e-16
+    theta = tuple(span(np.array([delta, 0.0]), "float64") for delta in (1.0, 2.0, -3.0))
+    out = empty(2, "float64", "torch")
+    keep = (Keep(), Keep(), Keep())
+    rule = Consensus(weights, keep, elect=elect, normalize=True, scale=1.0)
+    backend.apply([Piece(Inputs(theta, span(np.zeros(2), "float64")), rule, out)])
+    assert np.allclose(reference.read(out), [0.1 + 0.4 + 0.9, 0.0], rtol=1e-15, atol=0)

@@ -206,7 +206,8 @@ def element_by_element(rule: Consensus, theta, base, start: int) -> list[float]:
             if not rule.elect or (value > 0 and sign > 0) or (value < 0 and sign < 0):
                 elected += value
                 divisor += weight
-        mean = elected / (divisor or 1.0) if rule.normalize else elected
+        cancelled = abs(divisor) <= 1e-12 * sum(abs(weight) for weight in rule.weights.tolist())
+        mean = elected / (1.0 if cancelled else divisor) if rule.normalize else elected
         results.append(theta_0 + rule.scale * mean)
     return results
 
@@ -233,7 +234,7 @@ def test_consensus_is_what_its_docstring_says(cases, any_backend, data):
     num_models, size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
     row = st.lists(numbers, min_size=size, max_size=size)
     theta, base = [data.draw(row) for _ in range(num_models)], data.draw(row)
-    weight = st.sampled_from([0.0, 0.5, -0.5, 1.0, 1 / 3])
+    weight = st.sampled_from([0.0, 0.5, -0.5, 1.0, 1 / 3, 0.1, 0.2, -0.3])
     one_for_all = weight.map(lambda w: [w] * num_models)
     rule = Consensus(
         np.array(data.draw(one_for_all | st.lists(weight, min_size=num_models, max_size=num_models))),
@@ -259,6 +260,12 @@ def test_a_tied_election_is_won_by_the_positive(any_backend):
     rule = Consensus(np.array([0.5, 0.5]), (Keep(), Keep()), elect=True, normalize=True, scale=1.0)
     any_backend.apply([Piece(Inputs(theta, base), rule, out)])
     assert out.data.tolist() == [1.0, 2.0, 0.0, -1.0]
+
+
+@pytest.mark.parametrize("elect", [True, False])
+def test_weights_that_cancel_but_for_rounding_divide_by_one(cases, any_backend, elect):
+    """0.1 + 0.2 - 0.3 is 5.6e-17; deltas with the signs of the weights all have the elected one."""
+    cases.assert_cancelled_weights_divide_by_one(any_backend, elect)
 
 
 def shifted(rule: Consensus, start: int) -> Consensus:

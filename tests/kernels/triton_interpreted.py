@@ -228,6 +228,11 @@ def test_the_output_may_be_an_input(cases, triton_backend, rule_name, which):
     cases.assert_same([in_place], [expected])
 
 
+@pytest.mark.parametrize("elect", [True, False])
+def test_weights_that_cancel_but_for_rounding_divide_by_one(cases, triton_backend, elect):
+    cases.assert_cancelled_weights_divide_by_one(triton_backend, elect)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_inputs_are_only_read(cases, triton_backend, dtype):
     cases.assert_inputs_are_only_read(triton_backend, dtype)

@@ -111,7 +111,7 @@ class NumbaBackend:
     @staticmethod
     def _consensus(rule: Consensus, inputs: Inputs, out: tuple[int, int, int]) -> int:
         spans, base = _table(inputs.theta), _table((_base(inputs),))
-        numbers = _numbers(rule.weights, [keep.rescale for keep in rule.keep], [rule.scale])
+        numbers = _numbers(rule.weights, [keep.rescale for keep in rule.keep], [rule.scale, rule.negligible])
         masks = np.array([_mask_row(keep) for keep in rule.keep], np.int64)
         work = _room(len(rule.keep) * _STRIP_ITEMS)
         compute = objects.load("consensus", _width("consensus", _base(inputs), *inputs.theta), 12)

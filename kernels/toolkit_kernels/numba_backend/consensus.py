@@ -163,16 +163,17 @@ def _add_elected(values, weights, num_models, n, sign, total, divisor):
 
 
 @inlined
-def _nonzero(divisor, is_normalized):
-    return 1.0 if is_normalized == 0 or divisor == 0.0 else divisor
+def _nonzero(divisor, negligible, is_normalized):
+    return 1.0 if is_normalized == 0 or abs(divisor) <= negligible else divisor
 
 
 @shared
-def _average_elected(values, weights, num_models, n, is_normalized, mean, total, divisor):
+def _average_elected(values, weights, num_models, n, negligible, is_normalized, mean, total, divisor):
     """Replace ``mean``, the sums of all v_k, by the sums or averages of those that have its sign."""
     _add_elected(values, weights, num_models, n, mean, total, divisor)
     for i in range(n):
-        store_float64(mean, i, load_float64(total, i) / _nonzero(load_float64(divisor, i), is_normalized))
+        number = _nonzero(load_float64(divisor, i), negligible, is_normalized)
+        store_float64(mean, i, load_float64(total, i) / number)
 
 
 @inlined
@@ -201,7 +202,7 @@ def _consensus(as_lane, element, make_strip):
         """Args, beside those of the module elementwise:
 
         bases: [2, 1] int64, address and code of theta_0.
-        weights: [2 K + 1] float64: weights, rescale factors, scale.
+        weights: [2 K + 2] float64: weights, rescale factors, scale, negligible divisor.
         masks: [K, NUM_COLUMNS] int64; RANDOM_MAX is the largest word that stays.
         values: room for K strips of FLOAT64_STRIP bytes.
         start: index of the first element in the whole tensor.
@@ -214,7 +215,10 @@ def _consensus(as_lane, element, make_strip):
         mean, total, divisor = scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP)
         base_address, base_code = load_int64(bases, 0), load_int64(bases, 1)
         scale = load_float64(weights, 2 * num_models)
-        constant = _nonzero(_sum_of_weights(weights, num_models), is_normalized and not is_elected)
+        negligible = load_float64(weights, 2 * num_models + 1)
+        constant = _nonzero(
+            _sum_of_weights(weights, num_models), negligible, is_normalized and not is_elected
+        )
         num_bad = 0
         for strip in range(0, size, STRIP):
             n = min(STRIP, size - strip)
@@ -225,7 +229,9 @@ def _consensus(as_lane, element, make_strip):
                 )
             _add_values(values, num_models, n, mean)
             if is_elected != 0:
-                _average_elected(values, weights, num_models, n, is_normalized, mean, total, divisor)
+                _average_elected(
+                    values, weights, num_models, n, negligible, is_normalized, mean, total, divisor
+                )
             for i in range(n):
                 store_float64(mean, i, element(base, i) + scale * (load_float64(mean, i) / constant))
             num_bad += write_strip(out_code, pointer(out, strip * item_size(out_code)), n, mean)

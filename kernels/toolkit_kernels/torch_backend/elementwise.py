@@ -96,7 +96,7 @@ def consensus(rule: Consensus, chunk: Chunk) -> Tensor:
         divisor_C.fill_(functools.reduce(operator.add, weights, 0.0))  # sum() compensates for rounding
     if rule.normalize:
         (zero_C,) = scratch.rows(1, chunk.size, chunk.device, torch.bool)
-        torch.eq(divisor_C, 0, out=zero_C)
+        torch.le(torch.abs(divisor_C, out=term_C), rule.negligible, out=zero_C)
         total_C.div_(divisor_C.masked_fill_(zero_C, 1.0))
     return total_C.mul_(rule.scale).add_(base_C)
 

@@ -30,6 +30,7 @@ from toolkit_kernels.triton_backend.rows import (
     KEY,
     LIMIT,
     MODEL_COLUMNS,
+    NEGLIGIBLE,
     OUT,
     OUTSIDE,
     PIECE,
@@ -215,7 +216,8 @@ def consensus(row, start, offsets, size, variant: tl.constexpr, masked: tl.const
         divisor = tl.where(total >= 0, positive_weight, negative_weight)
         total = tl.where(total >= 0, positive, negative)
     if variant.normalize:
-        total = total / tl.where(divisor == 0, 1.0, divisor)
+        negligible = tl.load(row + NEGLIGIBLE).to(tl.float64, bitcast=True)
+        total = total / tl.where(tl.abs(divisor) <= negligible, 1.0, divisor)
     return base + tl.load(row + SCALAR).to(tl.float64, bitcast=True) * total
 
 

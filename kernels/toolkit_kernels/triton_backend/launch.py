@@ -141,6 +141,7 @@ def rows_of_pieces(pieces: Sequence[Piece], variant: Variant) -> NDArray[Any]:
         models["fallback"] = [rule.fallback for rule in rules]
     else:
         rows["scalar"] = [rule.scale for rule in rules]
+        rows["negligible"] = [rule.negligible for rule in rules]
         models["rescale"] = [[keep.rescale for keep in rule.keep] for rule in rules]
         names = ["among", "among_last", "outside", "outside_last", "key", "stream", "limit"]
         keeps = np.array([[keep_columns(keep) for keep in rule.keep] for rule in rules], np.uint64).view(

@@ -17,9 +17,10 @@ HEAD = np.dtype(
         ("piece", "i8"),  # which counter counts what is not finite
         ("base", "i8"),  # address
         ("scalar", "f8"),  # base_weight, scale or t
+        ("negligible", "f8"),  # divisors up to this magnitude count as one
     ]
 )
-OUT, SIZE, START, PIECE, BASE, SCALAR, HEAD_COLUMNS = map(tl.constexpr, range(7))
+OUT, SIZE, START, PIECE, BASE, SCALAR, NEGLIGIBLE, HEAD_COLUMNS = map(tl.constexpr, range(8))
 
 MODEL = np.dtype(
     [
