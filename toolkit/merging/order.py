@@ -1,18 +1,20 @@
-"""The order in which the models of a group are added up: by weight and content, never by the order they were named in.
+"""The order in which the models of a group are added up: by what they are, never by the order they were named in.
 
 A float64 sum depends on the order of its terms in the last bit. That bit decides where the exact result lies half-way
 between two numbers of the output, and with weights such as 0.4 and 0.3 that is no rare case. With an order of their
 own, the models can be given in any order and the result has the same bits, random masks included.
 """
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from toolkit.merging.group import Reader, TensorGroup
+from toolkit.merging.group import PIECE_SIZE, FisherTensor, Reader, TensorGroup
 from toolkit.merging.registry import MergeMethod
 from toolkit_kernels.rules import Rule
 from toolkit_kernels.spans import Span
@@ -34,7 +36,7 @@ def call_method(
     """
     order = list(range(group.num_models))
     if group.num_models > 1 and not method.ordered:
-        order = canonical_order(group.models, arguments.get("weight"))
+        order = canonical_order(group, method, arguments)
         if order != list(range(group.num_models)):
             group, arguments = reordered(group, method, arguments, order)
     return method.function(group, **arguments), group, order
@@ -60,42 +62,79 @@ def _taken(values: Any, order: Sequence[int]) -> Any:
     return type(values)(values[k] for k in order)
 
 
-def canonical_order(models: Sequence[Reader], weights: Sequence[float] | np.ndarray | None) -> list[int]:
-    """Falling weights; where they are equal by content, looked at only then. Equal tensors keep their places."""
-    places = list(range(len(models)))
-    ranks: list[tuple[Any, ...]] = [(0.0 if weights is None else -float(weights[k]),) for k in places]
-    for fingerprint in (_sample, _whole):
-        ranks = _refined(ranks, models, fingerprint)
-    return sorted(places, key=lambda k: (ranks[k], k))
+def canonical_order(group: TensorGroup, method: MergeMethod, arguments: Mapping[str, Any]) -> list[int]:
+    """Falling weights, then the other numbers of each model, then content, read no further than needed to tell them
+    apart. Models that are alike in everything keep their places."""
+    groups = [list(range(group.num_models))]
+    for key in _keys(group, method, arguments):
+        groups = [part for places in groups for part in _parted(places, key)]
+        if len(groups) == group.num_models:
+            break
+    return [place for places in groups for place in places]
 
 
-def _refined(
-    ranks: list[tuple[Any, ...]], models: Sequence[Reader], fingerprint: Callable[[Reader], bytes]
-) -> list[tuple[Any, ...]]:
-    """Ranks with a fingerprint added to those that occur more than once."""
-    return [
-        (*rank, fingerprint(model)) if ranks.count(rank) > 1 else rank
-        for rank, model in zip(ranks, models, strict=True)
-    ]
+Key = Callable[[int], Any]
 
 
-def _sample(model: Reader) -> bytes:
-    size = int(np.prod(model.shape, dtype=np.int64))
+def _parted(places: list[int], key: Key) -> list[list[int]]:
+    """The places in groups of equal keys, by rising keys."""
+    if len(places) == 1:
+        return [places]
+    keyed = sorted(((key(place), place) for place in places), key=itemgetter(0))
+    return [[place for _, place in equal] for _, equal in groupby(keyed, key=itemgetter(0))]
+
+
+def _keys(group: TensorGroup, method: MergeMethod, arguments: Mapping[str, Any]) -> Iterator[Key]:
+    """What may tell two models apart, the cheap first."""
+    named = [parameter.argument for parameter in method.parameters if parameter.per_model]
+    per_model = {name: arguments[name] for name in named if name in arguments}
+    numbers = [values for values in per_model.values() if isinstance(values, np.ndarray)]
+    if "weight" in per_model:
+        yield lambda k: -float(per_model["weight"][k])
+    yield lambda k: [float(values[k]) for values in numbers]
+    yield lambda k: [_measure(entry) for entry in group.fisher[k : k + 1]]
+    contents: list[Sequence[Reader | None]] = [group.models]
+    if group.fisher:
+        contents.append([None if entry is None else entry.reader for entry in group.fisher])
+    for readers in contents:
+        yield partial(_sample, readers, group.size)
+    for readers in contents:
+        for start in range(0, group.size, PIECE_SIZE) if group.size > NUM_STRETCHES * STRETCH else ():
+            yield partial(_piece, readers, start, min(PIECE_SIZE, group.size - start))
+    for values in per_model.values():
+        if not isinstance(values, np.ndarray):
+            yield partial(_other, values, group.name)
+
+
+def _measure(entry: FisherTensor | None) -> tuple[float, ...]:
+    return () if entry is None else (entry.norm, entry.mean, entry.model_norm)
+
+
+def _sample(readers: Sequence[Reader | None], size: int, k: int) -> bytes:
     if size <= NUM_STRETCHES * STRETCH:
-        return bytes(_bytes(model.span(0, size))) if size else b""
+        return _piece(readers, 0, size, k)
     starts = [(size - STRETCH) * number // (NUM_STRETCHES - 1) for number in range(NUM_STRETCHES)]
-    return b"".join(_bytes(model.span(start, STRETCH)) for start in starts)
+    return b"".join(_piece(readers, start, STRETCH, k) for start in starts)
 
 
-def _whole(model: Reader) -> bytes:
-    size = int(np.prod(model.shape, dtype=np.int64))
-    return hashlib.blake2b(_bytes(model.span(0, size)), digest_size=16).digest() if size else b""
+def _piece(readers: Sequence[Reader | None], start: int, size: int, k: int) -> bytes:
+    reader = readers[k]
+    return _bytes(reader.span(start, size)) if reader is not None and size else b""
 
 
-def _bytes(span: Span) -> memoryview:
+def _other(values: Sequence[Any], name: str, k: int) -> tuple[str, bytes]:
+    """A text, a path, or tensors by name (RegMean's products of inputs): of those, the one of this tensor."""
+    tensors = getattr(values[k], "tensors", None)
+    if tensors is None:
+        return str(values[k]), b""
+    tensor = tensors.get(name)
+    return "", b"" if tensor is None else _bytes(Span.of(tensor.contiguous()))
+
+
+def _bytes(span: Span) -> bytes:
     values = span.data
     if not isinstance(values, np.ndarray):
         import torch
 
         values = values.view(torch.uint8).cpu().numpy()
-    return values.data.cast("B")
+    return values.tobytes()
