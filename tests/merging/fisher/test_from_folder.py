@@ -120,6 +120,36 @@ def test_a_head_that_was_never_trained_is_refused(classifier, intents, tmp_path)
         fisher_of(folder, intents)
 
 
+@pytest.fixture
+def hub_id(classifier, tmp_path, monkeypatch) -> str:
+    """The classifier in the hub's cache of a machine without a network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "models--owner--intents"
+    shutil.copytree(classifier, repository / "snapshots" / ("1" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1" * 40)
+    return "owner/intents"
+
+
+def test_a_hub_id_says_its_task_too(hub_id, intents) -> None:
+    found = fisher_of(hub_id, intents, num_examples=2, max_length=16)
+    assert found.task == "sequence-classification"
+    assert any("classifier.out_proj" in name for name in found.tensors)
+
+
+def test_a_hub_id_with_a_head_that_was_never_trained_is_refused(hub_id, intents, tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    (weights,) = tmp_path.glob("hub/*/snapshots/*/model.safetensors")
+    tensors = {n: t for n, t in load_file(weights).items() if "out_proj" not in n}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"snapshots/1+ has no tensor classifier\.out_proj\.bias \(2 of"):
+        fisher_of(hub_id, intents, num_examples=2, max_length=16)
+
+
 def test_class_numbers() -> None:
     assert class_numbers(["b", "c"], ["a", "b", "c"]) == [1, 2]
     assert class_numbers(["x", "y"], ["LABEL_0", "LABEL_1"]) == [0, 1]

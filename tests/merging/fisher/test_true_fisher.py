@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from toolkit.merging.fisher import MAX_EXACT_CLASSES, estimate_fisher
+from toolkit.merging.fisher.likelihood import draw_targets
 
 CLASSIFICATION = "sequence-classification"
 
@@ -62,6 +63,17 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(task, build, rows, assert
     assert_equal_fisher(drawn(0, 7), first)
     other = drawn(1, 2)
     assert any(not torch.allclose(other[name], first[name], rtol=0.1) for name in first)
+
+
+def test_examples_are_drawn_independently() -> None:
+    names = [str(number) for number in range(400)]
+    logits, labels = torch.zeros(400, 10), torch.zeros(400, dtype=torch.int64)
+    logits[:, 3] = -torch.inf
+    (target,) = draw_targets(logits, labels, task=CLASSIFICATION, kind="true", seed=0, examples=names)
+    counts = torch.bincount(target.labels, minlength=10)
+    assert counts[3] == 0
+    others = counts[torch.arange(10) != 3]
+    assert 20 < others.min() <= others.max() < 75  # 44 expected, four standard deviations
 
 
 def test_the_mean_of_many_draws_is_the_expectation(build, rows) -> None:

@@ -37,6 +37,36 @@ class Toy(nn.Module):
         return SequenceClassifierOutput(logits=self.head(mean))
 
 
+class TrainsNoPad(Toy):
+    """Token 7 stands for padding, whose row has no gradient, and occurs inside of texts too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, WIDTH, padding_idx=7)
+
+
+class ScaledEmbedding(nn.Embedding):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).sin() * 3
+
+
+class TrainsNoPadScaled(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = ScaledEmbedding(96, WIDTH, padding_idx=7)
+
+
+@pytest.mark.parametrize("toy", [TrainsNoPad, TrainsNoPadScaled])
+def test_padding_inside_of_a_text(toy, rows, loop, assert_equal_fisher) -> None:
+    model, examples = toy().eval(), rows(TASK)
+    for row in examples:
+        row["input_ids"][1] = 7
+    fisher = estimate_fisher(model, examples, task=TASK, batch_size=3)
+    assert_equal_fisher(fisher.tensors, loop(model, examples, TASK))
+    assert not fisher.tensors["embed.weight"][7].any()
+    assert fisher.slow_parameters == ()
+
+
 class AppliedTwice(Toy):
     def __init__(self) -> None:
         super().__init__()

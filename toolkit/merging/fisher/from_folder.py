@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from safetensors import safe_open
 
@@ -101,10 +102,7 @@ def _task(asked: FisherOptions) -> Task:
         task_type = _json(asked.adapter / "adapter_config.json").get("task_type")
         is_classifier = task_type == "SEQ_CLS"
     else:
-        path = Path(asked.model).expanduser() / "config.json"
-        if not path.is_file():  # of a hub id nothing is known yet
-            return "causal-lm"
-        names = _json(path).get("architectures") or []
+        names = load_model_config(asked).architectures or []
         is_classifier = any("ForSequenceClassification" in name for name in names)
     return "sequence-classification" if is_classifier else "causal-lm"
 
@@ -158,7 +156,7 @@ class _Renumbered(Sequence[dict[str, Any]]):
 
 def _check_names(fisher: Fisher, asked: FisherOptions) -> None:
     """Every tensor has the name of one in the file: a head that was never trained has none."""
-    folder = asked.adapter or (Path(source.name) if (source := find_model(asked.model)).is_local else None)
+    folder = asked.adapter or _model_folder(asked)
     if folder is None:
         return
     there = set(_tensor_names(folder))
@@ -169,6 +167,15 @@ def _check_names(fisher: Fisher, asked: FisherOptions) -> None:
             "values are random and their Fisher information says nothing",
             hint="train the model on this task first, or give the --task that it was trained for",
         )
+
+
+def _model_folder(asked: FisherOptions) -> Path | None:
+    """Where the model that was loaded lies; None where the hub's cache does not say."""
+    source = find_model(asked.model)
+    if source.is_local:
+        return Path(source.name)
+    config = try_to_load_from_cache(source.name, "config.json", revision=asked.revision)
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _tensor_names(folder: Path) -> Iterator[str]:
