@@ -104,7 +104,7 @@ class ModelsOptions(Options):
     non_finite: Literal["error", "keep"] = "error"
     """NaN and infinity in an input: an error, or kept."""
 
-    lora_mode: Literal["concat", "svd", "factors", "residual"] = "concat"
+    lora_mode: Literal["concat", "svd", "residual", "factors"] = "concat"
     """Merging adapters as adapters. concat: exact, the ranks add up. svd: the exact sum, cut to --lora-rank. residual:
     mean factors, and the exact rest goes into the base (--base). factors: the mean of A and of B, which is not the mean
     of the adapters."""

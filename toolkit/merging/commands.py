@@ -35,8 +35,8 @@ def merge(argv: Sequence[str]) -> int:
     recipe = read_recipe(config)
     from toolkit.merging.adapter_merge import adapters_of, merge_adapters_of
 
-    if entries := adapters_of(recipe):
-        return merge_adapters_of(config, recipe, entries, given)
+    if folders := adapters_of(config, recipe):
+        return merge_adapters_of(config, recipe, folders, given)
     if unused := sorted(given & {"lora_mode", "lora_rank"}):
         raise ConfigError([f"--{unused[0].replace('_', '-')} is for adapters, and the models are none"])
     plan = _plan(config, recipe, notes)
@@ -115,13 +115,14 @@ def _plan(config: MergeConfig, recipe: "MergeRecipe", notes: list[str]) -> "Merg
 
 def read_recipe(config: MergeConfig) -> "MergeRecipe":
     """The recipe of the file, or of the flags. Raises ConfigError."""
+    base_is_apart = config.lora_mode == "residual"
     if config.config is not None:
         from toolkit.merging.recipes.recipe_file import read
 
-        return read(config.config, lenient=config.lenient)
+        return read(config.config, lenient=config.lenient, base_is_apart=base_is_apart)
     from toolkit.merging.recipes.flag_recipe import recipe_of_flags
 
-    return recipe_of_flags(config, lenient=config.lenient)
+    return recipe_of_flags(config, lenient=config.lenient, base_is_apart=base_is_apart)
 
 
 def _check_flags(config: MergeConfig, given: set[str]) -> None:

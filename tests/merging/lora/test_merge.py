@@ -223,8 +223,11 @@ def test_the_summary_names_the_error():
     adapters = [make(seed, dict.fromkeys(MODULES, 4)) for seed in (1, 2)]
     first, second, third = merged_of(adapters, None, "factors").summary()
     assert first == "factors: 2 adapters, 3 modules, rank 4"
-    assert "% (lost), rounding" in second
-    assert third.startswith("largest in model.layers.")
+    assert "% (is lost), rounding" in second
+    assert third.startswith("largest error in model.layers.")
+    exact = merged_of(adapters[:1], None, "concat").summary()
+    assert exact[0] == "concat: 1 adapter, 3 modules, rank 4"
+    assert exact[1].startswith("relative error 0 %, rounding ")  # nothing is lost
     opposite = merged_of([adapters[0], adapters[0]], [1, -1], "svd", normalize=False)
     assert opposite.relative_error is None or opposite.relative_error < 1
     assert "exact" in MODES["concat"]

@@ -126,6 +126,11 @@ def test_a_classifiers_head_is_the_mean(bases, make_adapter, logits, with_adapte
     without_head(plain)
     report = merge_adapters([folders[0], plain], None, tmp_path / "half", "svd")
     assert any("classifier.dense.weight is not in every adapter" in note for note in report.facts["notes"])
+    summary = report.summary()
+    assert "classifier.dense.bias and 3 more whole tensors: the weighted mean" in summary
+    assert [
+        line for line in summary if line.startswith("note: classifier.dense.weight is not in every adapter")
+    ]
 
 
 def without_head(folder):
@@ -183,7 +188,7 @@ def test_the_remainder_is_rounded_to_the_type_of_the_base(bases, make_adapter, t
     }
     config = json.loads((report.adapter_folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(report.model_folder)
-    assert "kept in the base" in "\n".join(report.summary())
+    assert "% (goes into the base), rounding" in "\n".join(report.summary())
 
 
 def test_the_folder_holds_report_card_and_tokenizer(bases, make_adapter, tmp_path):

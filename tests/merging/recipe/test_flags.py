@@ -291,6 +291,11 @@ def test_dtype_and_lists_of_threads(run_merge, pair, tmp_path):
         ),
         (["--method", "linear", "--models", "./nowhere", "--out", "o"], "there is no nowhere"),
         (
+            ["--method", "linear", "--base", "base_model", "--models", "a", "--out", "o"],
+            "- --base base_model is merged too, as linear has no base, and has no 'weight'; list it among the models "
+            "with one, or leave it out\n",
+        ),
+        (
             ["--method", "slerp", "--models", "./base_model", "./base_model", "--param", "t=1", "--out", "o"],
             "./base_model is given twice",
         ),

@@ -68,15 +68,22 @@ class MergedAdapter:
         ranks = [entry.rank for entry in self.errors] or [0]
         rank = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
         error, rounding = self.relative_error, self.relative_rounding_error
-        kept = "kept in the base" if self.mode == "residual" else "lost"
+        what = "goes into the base" if self.mode == "residual" else "is lost"
         lines = [
-            f"{self.mode}: {len(self.parts)} adapters, {len(self.errors)} modules, rank {rank}",
-            f"relative error {_percent(error)} ({kept}), rounding {_percent(rounding)}",
+            f"{self.mode}: {_counted(len(self.parts), 'adapter')}, {_counted(len(self.errors), 'module')}, rank {rank}",
+            f"relative error {_percent(error)}{f' ({what})' if error else ''}, rounding {_percent(rounding)}",
         ]
         worst = max(self.errors, key=lambda entry: entry.relative_error or 0.0, default=None)
         if worst is not None and error:
-            lines.append(f"largest in {worst.name}: {_percent(worst.relative_error)}")
+            lines.append(f"largest error in {worst.name}: {_percent(worst.relative_error)}")
+        if whole := list(self.adapter.replaced):
+            more = f" and {_counted(len(whole) - 1, 'more whole tensor')}" if whole[1:] else ""
+            lines.append(f"{whole[0]}{more}: the weighted mean")
         return lines
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _percent(value: float | None) -> str:
@@ -108,7 +115,7 @@ def merge_adapter_states(
         states: as PEFT's get_peft_model_state_dict gives them.
         configs: K of PEFT's LoraConfig, or contents of adapter_config.json; or one for all.
         weights: w_k, negative ones too; None for equal ones.
-        mode: ``factors``, ``concat``, ``svd`` or ``residual``; see MODES. The remainder of ``residual`` is
+        mode: ``concat`` (exact), ``svd``, ``residual`` or ``factors``; see MODES. The remainder of ``residual`` is
             :meth:`MergedAdapter.remainder`.
         rank: of ``svd``; None for the largest of a module's ranks.
         normalize: divide the weights by their sum.

@@ -12,13 +12,13 @@ from toolkit.merging.lora.adapter import Adapter, LoraModule, TokenRows
 from toolkit.merging.lora.arrays import Array, weighted_sum, widest
 from toolkit.merging.lora.rank_space import Factors, Stack
 
-Mode = Literal["factors", "concat", "svd", "residual"]
+Mode = Literal["concat", "svd", "residual", "factors"]
 # What each mode does, and the paper.
 MODES: Mapping[str, str] = {
-    "factors": "average A and B, which is not the average of the products B A (FedIT, arXiv:2305.05644)",
     "concat": "stack the factors: exact, of the sum of the ranks (FLoRA, arXiv:2409.05976)",
     "svd": "the exact sum, truncated to a rank by QR of the factors (FlexLoRA, arXiv:2402.11505)",
     "residual": "average A and B, and add the exact remainder to the base (FedEx-LoRA, arXiv:2410.09432)",
+    "factors": "average A and B, which is not the average of the products B A (FedIT, arXiv:2305.05644)",
 }
 
 

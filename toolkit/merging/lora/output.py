@@ -13,8 +13,9 @@ from toolkit import durable
 from toolkit.errors import ConfigError
 from toolkit.merging.lora import adapter_file, residual
 from toolkit.merging.lora.adapter import Adapter
+from toolkit.merging.lora.adapter_source import AdaptedSource
 from toolkit.merging.lora.merge import MergedAdapter, check_options, check_same_base, merge
-from toolkit.merging.lora.merge_modules import MODES
+from toolkit.merging.lora.merge_modules import MODES, Request
 from toolkit.merging.recipes.companions import TOKENIZER_FILES, copy_file
 from toolkit.merging.sources import Source
 from toolkit.merging.streaming.folder_source import FolderSource
@@ -40,6 +41,27 @@ Relative error of the merged product against the exact weighted sum: {error}. De
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterInputs:
+    """Adapters that have been read and compared, and what is to be made of them.
+
+    Attributes:
+        folders: of the adapters.
+        given_weights: as the user gave them.
+        weights: that are used.
+        base: the model, in the mode ``residual``.
+        notes: for the user.
+    """
+
+    folders: tuple[Path, ...]
+    adapters: tuple[Adapter, ...]
+    given_weights: tuple[float, ...] | None
+    weights: tuple[float, ...]
+    request: Request
+    base: Source | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterMergeReport:
     """A finished merge of adapters.
 
@@ -58,8 +80,8 @@ class AdapterMergeReport:
     facts: dict[str, Any]
 
     def summary(self) -> list[str]:
-        """A few lines for the user."""
-        return [*self.merged.summary(), *self.facts["notes"]]
+        """A few lines for the user, notes last."""
+        return [*self.merged.summary(), *(f"note: {note}" for note in self.facts["notes"])]
 
 
 def merge_adapters(
@@ -83,11 +105,11 @@ def merge_adapters(
         folders: as PEFT saved them.
         weights: negative ones too; None for equal ones.
         out: appears when everything is in it.
-        mode: ``factors``, ``concat``, ``svd`` or ``residual``; see MODES.
+        mode: ``concat`` (exact), ``svd``, ``residual`` or ``factors``; see MODES.
         rank: of ``svd``; None for the largest of a module's ranks.
         normalize: divide the weights by their sum.
         dtype: of the factors; None for their own in ``factors`` and ``residual``, for float32 in the others.
-        base: the model folder, in the mode ``residual``.
+        base: the model, in the mode ``residual``: its folder, or a Source (a model with an adapter).
         lenient: merge adapters of different bases or tasks, with a note.
         overwrite: replace ``out``.
 
@@ -96,21 +118,52 @@ def merge_adapters(
         ModelError: an adapter cannot be read or merged, or does not fit the others or the base.
         RunDirectoryError: ``out`` exists or is an input.
     """
-    started = time.perf_counter()
-    folders, out = [Path(folder) for folder in folders], Path(out)
+    inputs = read_inputs(
+        folders, weights, mode, rank=rank, normalize=normalize, dtype=dtype, base=base, lenient=lenient
+    )
+    return merge_inputs(inputs, out, overwrite=overwrite)
+
+
+def read_inputs(
+    folders: Sequence[Path],
+    weights: Sequence[float] | None,
+    mode: str = "concat",
+    *,
+    rank: int | None = None,
+    normalize: bool = True,
+    dtype: str | None = None,
+    base: Path | Source | None = None,
+    lenient: bool = False,
+) -> AdapterInputs:
+    """Everything of :func:`merge_adapters` that comes before the arithmetic; nothing is written.
+
+    Raises:
+        ConfigError, ModelError: as :func:`merge_adapters`.
+    """
     used, request = check_options(len(folders), weights, mode, rank, normalize, dtype)
     if (mode == "residual") is (base is None):
         raise ConfigError(
             [f"the mode residual needs a base, and no other mode takes one; the mode is {mode}"]
         )
-    adapters = [Adapter.from_folder(folder) for folder in folders]
+    paths = tuple(Path(folder) for folder in folders)
+    adapters = tuple(Adapter.from_folder(folder) for folder in paths)
     notes = check_same_base(adapters, lenient=lenient)
     source = FolderSource(str(base), Path(base)) if isinstance(base, str | Path) else base
-    refuse_inputs(
-        out, [*(folder / adapter_file.WEIGHTS_NAME for folder in folders), *(source.files if source else ())]
-    )
-    merged = merge(adapters, used, request)
-    with OutputFolder(out, uuid.uuid4().hex, overwrite=overwrite) as output:
+    if source is not None:
+        for adapter in adapters:
+            AdaptedSource(source, adapter)  # raises where it does not fit
+    given = None if weights is None else tuple(weights)
+    return AdapterInputs(paths, adapters, given, tuple(used), request, source, tuple(notes))
+
+
+def merge_inputs(inputs: AdapterInputs, out: Path, *, overwrite: bool = False) -> AdapterMergeReport:
+    """The rest of :func:`merge_adapters`."""
+    started = time.perf_counter()
+    source = inputs.base
+    weights_files = [folder / adapter_file.WEIGHTS_NAME for folder in inputs.folders]
+    refuse_inputs(Path(out), [*weights_files, *(source.files if source else ())])
+    merged = merge(inputs.adapters, inputs.weights, inputs.request)
+    with OutputFolder(Path(out), uuid.uuid4().hex, overwrite=overwrite) as output:
         output.discard(output.leftovers())
         output.staged.mkdir(mode=0o755)
         try:
@@ -121,7 +174,7 @@ def merge_adapters(
                 merged = residual.write(
                     merged, source, output.staged / MODEL_FOLDER, output.path / MODEL_FOLDER
                 )
-            facts = _facts(merged, folders, weights, notes)
+            facts = _facts(merged, inputs)
             _write_adapter(merged, folder, facts)
             facts["seconds"] = round(time.perf_counter() - started, 3)
             durable.write_json(output.staged / REPORT_NAME, facts)
@@ -134,9 +187,7 @@ def merge_adapters(
     return AdapterMergeReport(output.path, halves[0] or output.path, halves[1], merged, facts)
 
 
-def _facts(
-    merged: MergedAdapter, folders: Sequence[Path], weights: Sequence[float] | None, notes: Sequence[str]
-) -> dict[str, Any]:
+def _facts(merged: MergedAdapter, inputs: AdapterInputs) -> dict[str, Any]:
     """The content of merge_report.json."""
     return {
         "mode": merged.mode,
@@ -146,15 +197,17 @@ def _facts(
                 "sha256": durable.file_sha256(folder / adapter_file.WEIGHTS_NAME),
                 "rank": adapter.config.rank,
                 "lora_alpha": adapter.config.alpha,
-                "weight": None if weights is None else weights[number],
+                "weight": None if inputs.given_weights is None else inputs.given_weights[number],
                 "effective_weight": effective,
             }
-            for number, (folder, (adapter, effective)) in enumerate(zip(folders, merged.parts, strict=True))
+            for number, (folder, (adapter, effective)) in enumerate(
+                zip(inputs.folders, merged.parts, strict=True)
+            )
         ],
         "relative_error": merged.relative_error,
         "relative_rounding_error": merged.relative_rounding_error,
         "modules": [error.as_json() for error in merged.errors],
-        "notes": [*notes, *merged.notes],
+        "notes": [*inputs.notes, *merged.notes],
         "versions": versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -71,8 +71,10 @@ def _on(merged: MergedAdapter, base: Source, final: Path) -> MergedAdapter:
 def _plan(merged: MergedAdapter, base: Source, source: Source) -> MergePlan:
     def write_companions(folder: Path) -> None:
         durable.write_json(folder / "config.json", dict(source.config))
-        for name in (*TOKENIZER_FILES, *OTHER_FILES):
+        for name in OTHER_FILES:
             copy_file(base.folder, name, folder)
+        for name in TOKENIZER_FILES:
+            copy_file(getattr(base, "tokenizer_folder", base.folder), name, folder)
 
     tensors = []
     for name in source.names():

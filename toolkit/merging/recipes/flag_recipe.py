@@ -21,10 +21,17 @@ NAME = "the command line"
 FLAGS = {"weight": "--weights", "density": "--density", "fisher": "--fisher"}
 # Keys of a recipe with another name than their flag.
 KEYS = {"merge_method": "--method", "base_model": "--base", "tokenizer_source": "--tokenizer-source"}
+# Sentences of recipe_checks.py that name keys of a recipe, which are flags here.
+REWORDED = (
+    (r"^(\w+ needs|\w+ takes [\w ]+ beside) base_model,", r"\1 --base,"),
+    (r"^(\w+ takes .*) with base_model$", r"\1 with --base"),
+    (r"^base_model (.* is merged too, .*, or leave) base_model out$", r"--base \1 it out"),
+    (r"^('(\w+)' is one value for all models);.*", r"\1: --param \2=VALUE"),
+)
 
 
-def recipe_of_flags(options: RecipeOptions, *, lenient: bool) -> MergeRecipe:
-    """Build and check the recipe. Raises ConfigError."""
+def recipe_of_flags(options: RecipeOptions, *, lenient: bool, base_is_apart: bool = False) -> MergeRecipe:
+    """Build and check the recipe, as :func:`toolkit.merging.recipes.recipe_file.read`. Raises ConfigError."""
     methods = merge_methods()
     problems: list[str] = []
     if options.method not in methods:
@@ -41,7 +48,7 @@ def recipe_of_flags(options: RecipeOptions, *, lenient: bool) -> MergeRecipe:
     tree, _ = parse_tree(text, NAME)
     flag_at = _flag_at(tree)
     try:
-        recipe = build(tree, text, NAME, lenient=lenient)
+        recipe = build(tree, text, NAME, lenient=lenient, base_is_apart=base_is_apart)
     except ConfigError as error:
         found = dict.fromkeys(_of_flags(problem, flag_at) for problem in error.problems)
         raise ConfigError(list(found), hint=error.hint) from None
@@ -142,8 +149,8 @@ def _of_flags(problem: str, flag_at: FlagAt) -> str:
 
     place, problem = re.fullmatch(rf"({NAME}(?::\d+)?: )?(.*)", problem, re.DOTALL).groups()  # type: ignore[union-attr]  # it matches any text
     problem, is_whole = re.subn(r"^(\w+) needs the parameter '(\w+)'.*", needs, problem)
-    problem = re.sub(r"^(\w+ needs|\w+ takes [\w ]+ beside) base_model,", r"\1 --base,", problem)
-    problem = re.sub(r"^('(\w+)' is one value for all models);.*", r"\1: --param \2=VALUE", problem)
+    for pattern, words in REWORDED:
+        problem = re.sub(pattern, words, problem)
     if place is None or place == f"{NAME}: " or is_whole:
         return problem
     flag = _of_place(place, flag_at).removesuffix(": ")

@@ -75,14 +75,25 @@ def _neighbour(path: Path) -> str:
     return f"; did you mean '{path.parent / match}'?" if match else ""
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no model; it may hold config.json, for the names of classes."""
+    if not (folder / "adapter_config.json").is_file() or any(folder.glob("model*.safetensors")):
+        return False
+    return (folder / "adapter_model.safetensors").is_file() or not (folder / "config.json").is_file()
+
+
 def open_source(reference: ModelReference, folders: Mapping[Location, Path]) -> Source:
     """A model with its adapters applied while it is read.
 
     Raises:
-        ModelError: a folder holds no sound model, or a quantised one.
+        ModelError: a folder holds no sound model, an adapter, or a quantised model.
     """
     folder = folders[reference.model]
     source: Source = FolderSource(str(reference.model), folder)
+    if is_adapter(folder):
+        raise ModelError(
+            f"{folder} is an adapter, and a model is expected", hint="give BASE+ADAPTER, a model with it"
+        )
     if "quantization_config" in source.config:
         kind = dict(source.config["quantization_config"] or {}).get("quant_method", "quantised")
         raise ModelError(

@@ -39,24 +39,33 @@ RECIPE_KEYS = (
 TOKEN_KINDS = ("zero", "model_token")
 
 
-def read(path: str | Path, *, lenient: bool = False) -> MergeRecipe:
+def read(path: str | Path, *, lenient: bool = False, base_is_apart: bool = False) -> MergeRecipe:
     """Read and check a recipe.
 
     Args:
         lenient: unknown keys and parameters are notes, as mergekit passes over them; else they are problems.
+        base_is_apart: base_model takes what merged adapters leave over, and is none of the models that are merged.
 
     Raises:
         ConfigError: every problem, with file and line and the nearest valid name.
     """
     tree, problems, text = read_tree(path)
-    return build(tree, text, str(path), lenient=lenient, problems=problems)
+    return build(tree, text, str(path), lenient=lenient, base_is_apart=base_is_apart, problems=problems)
 
 
-def build(tree: Node, text: str, name: str, *, lenient: bool, problems: Iterable[str] = ()) -> MergeRecipe:
-    """The recipe that a tree describes. ``name`` is the file in messages. Raises ConfigError."""
+def build(
+    tree: Node,
+    text: str,
+    name: str,
+    *,
+    lenient: bool,
+    base_is_apart: bool = False,
+    problems: Iterable[str] = (),
+) -> MergeRecipe:
+    """The recipe that a tree describes, as :func:`read` of a file. ``name`` is the file in messages."""
     builder = _Builder(name, lenient, list(problems))
     recipe = builder.recipe(tree, text)
-    unknown, wrong = check_settings(recipe)
+    unknown, wrong = check_settings(dataclasses.replace(recipe, base_model=None) if base_is_apart else recipe)
     builder.problems += wrong
     for text in unknown:
         builder.unknown(text)
