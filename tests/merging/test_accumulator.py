@@ -2,6 +2,7 @@
 
 import itertools
 
+import psutil
 import pytest
 import torch
 
@@ -100,3 +101,67 @@ def test_what_is_refused_leaves_the_sums_as_they_were() -> None:
     total.add(state(0), 0.0)
     with pytest.raises(InputError, match="above zero"):
         total.result()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.5])
+def test_what_is_no_fisher_information_leaves_the_sums_as_they_were(value: float) -> None:
+    total, fisher = Accumulator(), {n: torch.rand(s) for n, s in SHAPES.items()}
+    total.add(state(0), 1.0, fisher)
+    before = total.result()
+    bad = {name: tensor.clone() for name, tensor in fisher.items()}
+    bad["d"][-1] = value
+    with pytest.raises(ModelError, match=rf"the Fisher of client 7: d holds {value:g}"):
+        total.add(state(1), 1.0, bad, label="client 7")
+    assert all(torch.equal(before[n], total.result()[n]) for n in SHAPES)
+
+
+def test_later_states_and_outputs_lie_where_the_first_did() -> None:
+    total, fisher = Accumulator(), {n: torch.rand(s) for n, s in SHAPES.items()}
+    total.add(state(0), 1.0, fisher)
+    elsewhere = {name: tensor.to("meta") for name, tensor in state(1).items()}
+    with pytest.raises(InputError, match=r"a of the first state on cpu, a of state 1 on meta"):
+        total.add(elsewhere, 1.0, fisher)
+    with pytest.raises(InputError, match=r"a of the Fisher of state 1 on meta"):
+        total.add(state(1), 1.0, {name: elsewhere[name] for name in SHAPES})
+    with pytest.raises(InputError, match=r"a of out on meta"):
+        total.result(elsewhere)
+
+
+def test_a_result_is_not_written_to_outputs_that_are_one_tensor() -> None:
+    total, one = Accumulator(), {"a": torch.zeros(5), "b": torch.ones(5)}
+    total.add(one)
+    both = torch.empty(5)
+    with pytest.raises(InputError, match="one tensor, and in the mean they differ"):
+        total.result({"a": both, "b": both})
+    total = Accumulator()
+    total.add({"a": one["b"], "b": one["b"]})
+    assert total.result({"a": both, "b": both})["a"].tolist() == [1.0] * 5
+
+
+def test_float8_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match=r"a: state 0 has torch\.float8_e4m3fn"):
+        Accumulator().add({"a": torch.zeros(3).to(torch.float8_e4m3fn)})
+
+
+@pytest.mark.parametrize("with_fisher", [False, True])
+def test_thousands_of_states_are_what_a_merge_of_all_gives(with_fisher: bool) -> None:
+    """Rounds of a federated run: one state object that changes, sums that do not grow."""
+    generator, shapes = torch.Generator().manual_seed(0), {"a": (6, 5), "b": (3,)}
+    total, one, fisher, process, before = Accumulator(num_threads=1), {}, {}, psutil.Process(), 0
+    expected = {n: [torch.zeros(s, dtype=torch.float64) for _ in range(2)] for n, s in shapes.items()}
+    for step in range(3000):
+        one |= {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+        fisher |= {n: torch.rand(s, generator=generator) for n, s in shapes.items()}
+        weight = 1.0 + step % 7
+        total.add(one, weight, fisher if with_fisher else None)
+        for name, sums in expected.items():
+            importance = weight * (fisher[name].double() if with_fisher else torch.tensor(1.0).double())
+            sums[0] += importance * one[name].double()
+            sums[1] += importance
+        if step == 1000:
+            before = process.memory_info().rss
+    assert total.num_added == 3000
+    mean = total.result()
+    for name, (numerator, denominator) in expected.items():
+        torch.testing.assert_close(mean[name], (numerator / denominator).float(), rtol=2e-7, atol=1e-9)
+    assert process.memory_info().rss - before < 10e6
