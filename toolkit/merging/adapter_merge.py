@@ -79,7 +79,8 @@ def merge_adapters_of(config: MergeConfig, recipe: MergeRecipe, folders: list[Pa
     )
     notes = [*_flag_notes(config, given), *recipe.notes, *notes_on_settings(recipe)]
     if config.dry_run or (config.verbose and not config.quiet):
-        out(_plan_text(inputs, config, [*notes, *inputs.notes]))
+        # After a merge the report tells the notes of its inputs.
+        out(_plan_text(inputs, config, [*notes, *(inputs.notes if config.dry_run else ())]))
     elif not config.quiet:
         for note in notes:
             err(f"note: {note}")

@@ -327,6 +327,17 @@ def test_verbose_prints_the_plan_first(run_merge, adapters, tmp_path):
     assert "--verify" not in errors
 
 
+def test_adapters_of_different_bases_are_noted_once(run_merge, trio, adapters, tmp_path):
+    other = shutil.copytree(adapters["one"], tmp_path / "other")
+    path = other / "adapter_config.json"
+    path.write_text(path.read_text().replace(str(trio["a"]), "another/model"))
+    words = ["--method", "linear", "--models", adapters["two"], other, "--out", tmp_path / "out", "--lenient"]
+    for more in (["--dry-run"], ["--verbose"], ["--overwrite"]):
+        status, text, errors = run_merge(*words, *more)
+        assert status == 0
+        assert (text + errors).count("differ: base") == 1
+
+
 def test_notes_of_the_recipe_are_printed(run_merge, write_recipe, adapters, tmp_path):
     path = write_recipe(
         f"merge_method: linear\nparameters: {{int8_mask: true}}\nanything: 1\nmodels:\n"
