@@ -14,8 +14,11 @@ CHILD = Path(__file__).with_name("merge_child.py")
 OPTIONS = {"backend": "reference", "record_seconds": 0, "max_shard_bytes": 60_000, "num_threads": 2}
 
 
-def run(out: Path, models: list[Path], kill: int = -1, **options) -> subprocess.CompletedProcess[str]:
+def run(
+    out: Path, models: list[Path], kill: int = -1, method: str = "linear", **options
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(CHILD), str(out), *map(str, models), "--kill", str(kill)]
+    command += ["--method", method]
     return subprocess.run(
         [*command, "--options", json.dumps(OPTIONS | options)], capture_output=True, text=True, check=False
     )
@@ -55,22 +58,27 @@ def whole(tmp_path_factory, models) -> tuple[dict[str, str], int]:
 
 
 def kill_and_resume(
-    folder: Path, models: list[Path], expected: dict[str, str], at: int, again: int = -1
+    folder: Path,
+    models: list[Path],
+    expected: dict[str, str],
+    at: int,
+    again: int = -1,
+    method: str = "linear",
 ) -> bool:
     """Whether the merge was resumed and not begun anew."""
     out = folder / "out"
-    killed = run(out, models, at)
+    killed = run(out, models, at, method)
     assert killed.returncode == -9, killed.stdout + killed.stderr
     if out.exists():  # killed after the rename
         assert digests(out) == expected
         return False
     if again > 0:
-        second = run(out, models, again, resume=True)
+        second = run(out, models, again, method, resume=True)
         assert second.returncode in (0, -9), second.stdout + second.stderr
         if out.exists():
             assert digests(out) == expected
             return False
-    last = run(out, models, resume=True)
+    last = run(out, models, method=method, resume=True)
     assert last.returncode == 0, last.stdout + last.stderr
     assert digests(out) == expected
     assert [path.name for path in folder.iterdir()] == ["out"]
@@ -86,6 +94,17 @@ def test_killed_at_some_operations(tmp_path, models, whole) -> None:
         (tmp_path / str(at)).mkdir()
         resumed.append(kill_and_resume(tmp_path / str(at), models, expected, at))
     assert any(resumed)
+
+
+@pytest.mark.parametrize("method", ["fisher", "tensor"])
+def test_killed_half_way_with_other_kinds_of_methods(tmp_path, models, method) -> None:
+    result = run(tmp_path / "whole", models, method=method)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (tmp_path / "killed").mkdir()
+    half = int(result.stdout.split()[1]) // 2
+    assert kill_and_resume(
+        tmp_path / "killed", models, digests(tmp_path / "whole"), half, method=method
+    )  # and not begun anew
 
 
 @pytest.mark.slow

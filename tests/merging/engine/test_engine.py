@@ -1,9 +1,11 @@
 """What the engine writes: the right numbers in files that others load, whatever threads, shards and backends."""
 
+import gc
 import json
 import os
 import stat
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -283,15 +285,48 @@ def test_progress_counts_to_the_bytes_of_the_result(tmp_path, models, plan_of) -
     assert seen[-1] == report.bytes_written
 
 
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def num_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture
+def fast_folder(tmp_path):
+    """In memory where that is possible: a disk takes most of the time of a small merge, for its syncs."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("number", [2000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_many_merges_leave_neither_memory_nor_descriptors(fast_folder, write_model, plan_of, number) -> None:
+    """Most plans are executed several times, as a service does; some results have shards, some are verified."""
+    folders = [write_model(fast_folder / n, {"w": torch.ones(100), "b": torch.ones(3)}) for n in "ab"]
+    plan, before = plan_of(folders), (0, 0)
+    for count in range(number):
+        if count % 5 == 0:
+            plan = plan_of(folders)
+        options = EngineOptions(
+            num_threads=1 + count % 2,
+            overwrite=True,
+            resume=count % 3 == 0,
+            verify=count % 50 == 0,
+            max_shard_bytes=100 if count % 7 == 0 else 1_000_000,
+        )
+        execute(plan, fast_folder / "out", options)
+        if count == number // 5:
+            before = (num_descriptors(), resident_bytes())
+    gc.collect()
+    assert num_descriptors() <= before[0]
+    assert resident_bytes() < before[1] + (4 << 20)
+    assert sorted(path.name for path in fast_folder.iterdir()) == ["a", "b", "out"]
+
+
 def test_two_hundred_merges_of_files_that_change(tmp_path, write_model, plan_of) -> None:
     """No result of an earlier merge, no descriptor and no memory is kept."""
-
-    def resident_bytes() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-    def num_descriptors() -> int:
-        return len(os.listdir("/proc/self/fd"))
-
     folders = [tmp_path / f"m{k}" for k in range(3)]
     before = (0, 0)
     for number in range(200):

@@ -173,9 +173,10 @@ class OutputFolder:
 
     def _discard_old(self) -> None:
         """Delete what was replaced, under a name that nothing restores: a kill may leave a part of it."""
-        for trash in self._beside(TRASH_PREFIX):
-            os.rename(trash, self._unused(DISCARDED_PREFIX))
-        sync(self._parent)
+        if trash := self._beside(TRASH_PREFIX):
+            for folder in trash:
+                os.rename(folder, self._unused(DISCARDED_PREFIX))
+            sync(self._parent)
         for discarded in self._beside(DISCARDED_PREFIX):
             shutil.rmtree(discarded, ignore_errors=True)  # the next merge tries again
 

@@ -9,6 +9,7 @@ is ignored.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -93,7 +94,9 @@ def digest_of(
     def add(*facts: Any) -> None:
         digest.update(json.dumps(plain(facts), sort_keys=True).encode() + b"\n")
 
-    add(_versions(), plan.method, plan.seed, plan.settings, device, non_finite)
+    # Kernels give the same bits everywhere, but not methods that need whole tensors.
+    add([version_of(package) for package in ("meldkit", "numpy", "numba", "torch")])
+    add(plan.method, plan.seed, plan.settings, device, non_finite)
     for identity in beside:
         add(*side_facts(identity))
     for identity in inputs:
@@ -111,15 +114,13 @@ def digest_of(
     return digest.hexdigest()
 
 
-def _versions() -> list[str | None]:
-    """Of what computes. Kernels give the same bits everywhere, but not methods that need whole tensors."""
-    found: list[str | None] = []
-    for name in ("meldkit", "numpy", "numba", "torch"):
-        try:
-            found.append(metadata.version(name))
-        except metadata.PackageNotFoundError:
-            found.append(None)
-    return found
+@functools.cache
+def version_of(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _readers(tensor: OutputTensor) -> list[str]:

@@ -6,13 +6,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from toolkit.merging.plan import MergePlan
 from toolkit.merging.streaming.compute import Findings
-from toolkit.merging.streaming.progress_file import plain
+from toolkit.merging.streaming.progress_file import plain, version_of
 from toolkit_kernels.rules import FisherMean
 
 REPORT_NAME = "merge_report.json"
@@ -111,7 +110,7 @@ class Report:
 def versions() -> dict[str, str]:
     """Of everything that computes, torch only where it was loaded."""
     names = ["meldkit", "numpy", *(name for name in ("numba", "torch", "triton") if name in sys.modules)]
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version()} | {name: version_of(name) or "?" for name in names}
 
 
 def input_facts(plan: MergePlan, sha256: Mapping[Path, str]) -> list[dict[str, Any]]:
