@@ -1,15 +1,20 @@
 """Passes over a tensor that lies in several pieces: sums of products, and the exact set of largest elements."""
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from toolkit_kernels.backend import Backend
+from toolkit_kernels.reference import magnitude_bits, read
 from toolkit_kernels.rules import NOTHING, Floats, Inputs, Threshold
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
+# Below this many elements a partition takes less time than histograms with 98 304 bins.
+SMALL = 1 << 15
 # Like map(); pool.Pool.map computes the results in parallel, in the order of the items.
 Map = Callable[[Callable[[Inputs], ResultT], Sequence[Inputs]], Iterable[ResultT]]
 
@@ -39,13 +44,16 @@ def largest(
     """The sets of the ``counts[k]`` elements of largest magnitude of each delta_k; of equal ones the first.
 
     A radix select over the bit patterns of float32: two histograms, then a look at the elements that equal the smallest
-    one of the set. No sort and no sample; exact for any input without NaN.
+    one of the set; for a small tensor, a partition of its bit patterns. No sort and no sample; exact for any input
+    without NaN.
     """
     size = sum(piece.size for piece in pieces)
     wanted = [min(max(int(count), 0), size) for count in counts]
-    upper = np.sum(list(parallel_map(lambda piece: backend.histogram(piece, None), pieces)), axis=0)
+    if len(pieces) < 2 and size < SMALL and all(span.on_cpu for piece in pieces for span in piece.theta):
+        return [_largest_of_few(pieces, k, count) for k, count in enumerate(wanted)]
+    upper = _added(parallel_map, lambda piece: backend.histogram(piece, None), pieces)
     prefixes, above = _descend(upper, wanted)
-    lower = np.sum(list(parallel_map(lambda piece: backend.histogram(piece, prefixes), pieces)), axis=0)
+    lower = _added(parallel_map, lambda piece: backend.histogram(piece, prefixes), pieces)
     suffixes, within = _descend(lower, [w - a for w, a in zip(wanted, above, strict=True)])
     thresholds = []
     for k, count in enumerate(wanted):
@@ -60,6 +68,40 @@ def largest(
         else:
             thresholds.append(Threshold(bits, _position(backend, pieces, k, bits, rest)))
     return thresholds
+
+
+def _largest_of_few(pieces: Sequence[Inputs], model: int, count: int) -> Threshold:
+    """The set of a tensor that is one piece, or empty."""
+    if count == 0:
+        return NOTHING
+    (piece,) = pieces
+    base = 0.0 if piece.base is None else read(piece.base)
+    with np.errstate(all="ignore"):
+        bits = magnitude_bits(read(piece.theta[model]) - base)
+    smallest = int(np.partition(bits, piece.size - count)[piece.size - count])
+    equal = np.flatnonzero(bits == smallest)
+    rest = count - np.count_nonzero(bits > smallest)
+    return Threshold(smallest, piece.size if rest == len(equal) else piece.start + int(equal[rest - 1]))
+
+
+def _added(
+    parallel_map: Map, histogram: Callable[[Inputs], NDArray[np.int64]], pieces: Sequence[Inputs]
+) -> NDArray[np.int64]:
+    """The sum of the histograms of all pieces, each added as soon as it is there."""
+    total: list[NDArray[np.int64]] = []
+    lock = threading.Lock()
+
+    def add(piece: Inputs) -> None:
+        counts = histogram(piece)
+        with lock:
+            if total:
+                total[0] += counts
+            else:
+                total.append(counts)
+
+    for _ in parallel_map(add, pieces):
+        pass
+    return total[0]
 
 
 def _descend(histogram: np.ndarray, counts: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from toolkit_kernels import reference as by_formula
 from toolkit_kernels import sums
+from toolkit_kernels.pool import Pool
 from toolkit_kernels.rules import BLOCK, NOTHING, Consensus, Inputs, Keep, Piece, Threshold
 from toolkit_kernels.spans import Span
 
@@ -155,6 +156,27 @@ def test_any_set_of_largest_elements(any_backend, data):
     thresholds = sums.largest(any_backend, [Inputs(tuple(Span.of(array) for array in arrays))], counts)
     for array, count, threshold in zip(arrays, counts, thresholds, strict=True):
         assert members(array, threshold) == largest_by_sorting(array, count)
+
+
+def test_small_tensors_have_the_sets_of_large_ones(cases, any_backend, monkeypatch):
+    """A partition of the bits gives what histograms give, wherever the one piece starts."""
+    for dtypes in (("bfloat16",), ("float32", "float64", "float16")):
+        inputs = inputs_of(cases, 4, 3 * BLOCK + 5, dtypes=dtypes)
+        for moved in (inputs, Inputs(inputs.theta, inputs.base, start=7 * BLOCK), Inputs(inputs.theta)):
+            for counts in ([0, 1, 2, 5], [inputs.size, inputs.size - 1, inputs.size // 2, 1000]):
+                small = sums.largest(any_backend, [moved], counts)
+                with monkeypatch.context() as patch:
+                    patch.setattr(sums, "SMALL", 0)
+                    assert sums.largest(any_backend, [moved], counts) == small
+    assert sums.largest(any_backend, [], [3, 0]) == [NOTHING, NOTHING]
+
+
+def test_sets_over_many_pieces_and_threads_are_those_of_one_piece(cases, any_backend):
+    inputs = inputs_of(cases, 3, sums.SMALL + 5)
+    counts = [1, sums.SMALL // 3, sums.SMALL]
+    with Pool(4) as pool:
+        threaded = sums.largest(any_backend, cut(inputs, 2 * BLOCK), counts, pool.map)
+    assert threaded == sums.largest(any_backend, [inputs], counts)
 
 
 def test_trimming_leaves_as_many_as_asked(cases, any_backend):
