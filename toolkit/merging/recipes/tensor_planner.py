@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.errors import ModelError
-from toolkit.merging.group import Reader, stored_dtype
+from toolkit.merging.group import FisherTensor, Reader, stored_dtype
 from toolkit.merging.plan import OutputTensor
 from toolkit.merging.recipes.fisher_inputs import FisherInputs
 from toolkit.merging.recipes.model_inputs import ModelInput, same_elements
@@ -102,11 +102,7 @@ class TensorPlanner:
             return None
         try:
             parameters = self._parameters(section, request)
-            fisher = ()
-            if self.method.needs_fisher:
-                paths = self.resolver.fishers(section.levels, request.name, request.own_names, request.t)
-                own = dict(zip(section.models, readers, strict=True))
-                fisher = self.fisher.tensors(request.name, own, request.own_names, paths)
+            fisher = self._fisher(section, request, readers) if self.method.needs_fisher else ()
         except LookupError as error:
             self.problems.append(str(error))
             return None
@@ -126,6 +122,14 @@ class TensorPlanner:
                     raise ModelError(f"there is no file {missing[0]}, which '{parameter.name}' names")
                 self.files.setdefault(parameter.name, {}).update(paths)
         return found
+
+    def _fisher(
+        self, section: Section, request: TensorRequest, readers: list[Reader]
+    ) -> tuple[FisherTensor | None, ...]:
+        """Raises LookupError."""
+        paths = self.resolver.fishers(section.levels, request.name, request.own_names, request.t)
+        own = dict(zip(section.models, readers, strict=True))
+        return self.fisher.tensors(request.name, own, request.own_names, paths)
 
     def _dtype(self, readers: list[Reader]) -> str:
         """Of the result: as the recipe says, else the type that holds the values of all inputs."""
