@@ -56,15 +56,16 @@ def plan_of(folders: list[Path], name: str = "linear") -> MergePlan:
     tensors = []
     for tensor_name in sources[0].names():
         readers = tuple(source.reader(tensor_name) for source in sources)
-        # Any non-negative elements will do: a model's Fisher is kept in a file as its weights are.
-        importance = tuple(FisherTensor(squared(reader), 1.0, 1.0, 1.0) for reader in readers)
+        importance: tuple[FisherTensor, ...] = ()
+        if name == "fisher":  # any non-negative elements will do
+            importance = tuple(FisherTensor(squared(reader), 1.0, 1.0, 1.0) for reader in readers)
         tensors.append(
             OutputTensor(
                 tensor_name,
                 readers[0].shape,
                 readers[0].dtype,
                 readers,
-                fisher=importance if name == "fisher" else (),
+                fisher=importance,
                 method=method,
                 parameters=parameters,
             )
