@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 PIECE_BYTES = 1 << 20
 
@@ -25,6 +26,7 @@ def meldkit(config: Path, out: Path, threads: int) -> dict:
     from toolkit_kernels.dispatch import backend
 
     kernels = backend("auto")
+    load(kernels)
     began = time.perf_counter()
     options = EngineOptions(num_threads=threads, hash_inputs=False)
     report = merge_folders(config, out, engine_options=options)
@@ -35,6 +37,24 @@ def meldkit(config: Path, out: Path, threads: int) -> dict:
         "backend": kernels.name,
         "parts": asdict(report.seconds),
     }
+
+
+def load(kernels: Any) -> None:
+    """Let the backend load its machine code: the counterpart of mergekit's import of torch."""
+    import numpy as np
+
+    from toolkit_kernels.rules import Consensus, Inputs, Keep, Piece, Threshold, WeightedSum
+    from toolkit_kernels.spans import Span
+
+    values = Span(np.zeros(8, np.uint16), "bfloat16")
+    inputs, weights = Inputs((values, values), values), np.ones(2)
+    keep = (Keep(among=Threshold(0, 0)), Keep(probability=0.5))
+    for rule in (WeightedSum(weights), Consensus(weights, keep, True, True, 1.0)):
+        kernels.apply([Piece(inputs, rule, Span(np.zeros(8, np.uint16), "bfloat16"))])
+    kernels.gram(inputs)
+    kernels.histogram(inputs, None)
+    kernels.histogram(inputs, [0, 0])
+    kernels.non_finite(inputs)
 
 
 def mergekit(config: Path, out: Path, threads: int) -> dict:

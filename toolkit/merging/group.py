@@ -5,7 +5,7 @@ written once. Passes over a group go piece by piece; nothing here loads a model.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Protocol
@@ -21,9 +21,9 @@ from toolkit_kernels.spans import ITEMSIZES, Span
 if TYPE_CHECKING:
     import torch
 
-# Elements of one piece: inputs and output of a few models fit into the L2 cache of a core; a multiple of BLOCK
-# and a power of two.
-PIECE_SIZE = 256 * BLOCK
+# Elements of one piece, a multiple of BLOCK and a power of two: so many that calls cost little beside the work, so few
+# that inputs and output of a few models stay in the caches. 128 and 256 blocks were slower, and so were 64.
+PIECE_SIZE = 512 * BLOCK
 # Below this many bytes a call of the system costs more than touching mapped pages.
 MIN_READ_BYTES = 1 << 16
 ALIGNMENT = 64
@@ -130,6 +130,7 @@ class TensorGroup:
         backend: does the passes.
         parallel_map: how passes over several pieces run.
         device: where whole tensors are computed, for methods that need them.
+        passes: what has gone over the elements so far; the pages of their files are mapped then.
     """
 
     name: str
@@ -141,6 +142,7 @@ class TensorGroup:
     seed: int = 0
     parallel_map: sums.Map = map
     device: str = "cpu"
+    passes: list[str] = field(default_factory=list, compare=False)
 
     @property
     def num_models(self) -> int:
@@ -192,10 +194,12 @@ class TensorGroup:
         """[K, K] float64 products <theta_i, theta_j>, or <delta_i, delta_j>, over the whole tensor."""
         if not self.size:
             return np.zeros((self.num_models, self.num_models))
+        self.passes.append("gram")
         return sums.gram(self.backend, self.pieces(base=deltas), self.parallel_map)
 
     def largest(self, counts: Sequence[int]) -> list[Threshold]:
         """For each model the set of its ``counts[k]`` elements of largest |delta_k|."""
+        self.passes.append("largest")
         # A histogram takes half a megabyte a model: few and large pieces.
         size = max(-(-self.size // (NUM_COUNTED * BLOCK)) * BLOCK, NUM_COUNTED * PIECE_SIZE)
         return sums.largest(self.backend, self.pieces(base=True, size=size), counts, self.parallel_map)

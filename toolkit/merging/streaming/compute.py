@@ -44,7 +44,9 @@ class Prepared:
         rule = self.rule
         needs_base = rule.base_weight is not None if isinstance(rule, WeightedSum) else True
         fisher = isinstance(rule, FisherMean)
-        return self.group.piece(start, base=needs_base, fisher=fisher, scratch=scratch)
+        return self.group.piece(
+            start, base=needs_base, fisher=fisher, scratch=None if self.group.passes else scratch
+        )
 
     def piece(self, start: int, out: Span, scratch: Scratch | None) -> "Piece":
         return Piece(self.inputs(start, scratch), self.rule, out)
