@@ -55,7 +55,9 @@ class Fisher:
     def __post_init__(self) -> None:
         if not self.norms:
             for name, tensor in self.tensors.items():
-                self.norms[name], self.means[name] = norm_and_mean(MemoryReader.of(tensor, "this Fisher"), name)
+                self.norms[name], self.means[name] = norm_and_mean(
+                    MemoryReader.of(tensor, "this Fisher"), name
+                )
 
     @property
     def global_norm(self) -> float:
