@@ -207,18 +207,14 @@ def _consensus(as_lane, element, make_strip):
         values: room for K strips of FLOAT64_STRIP bytes.
         start: index of the first element in the whole tensor.
         """
-        base_buffer, theta_buffer, random = (
-            scratch(FLOAT64_STRIP),
-            scratch(FLOAT64_STRIP),
-            scratch(UINT32_STRIP),
-        )
+        base_buffer, theta_buffer = scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP)
+        random = scratch(UINT32_STRIP)
         mean, total, divisor = scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP)
         base_address, base_code = load_int64(bases, 0), load_int64(bases, 1)
         scale = load_float64(weights, 2 * num_models)
         negligible = load_float64(weights, 2 * num_models + 1)
-        constant = _nonzero(
-            _sum_of_weights(weights, num_models), negligible, is_normalized and not is_elected
-        )
+        weight_sum = _sum_of_weights(weights, num_models)
+        constant = _nonzero(weight_sum, negligible, is_normalized and not is_elected)
         num_bad = 0
         for strip in range(0, size, STRIP):
             n = min(STRIP, size - strip)
