@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-logging.set_verbosity_error()
 TOKENS = torch.arange(3, 40)[None]
 
 
