@@ -57,7 +57,14 @@ class _Split:
 
 
 def prepare(
-    config: Any, tokenizer: Any, task: str, *, seed: int, enforce: bool = True, use_cache: bool = True
+    config: Any,
+    tokenizer: Any,
+    task: str,
+    *,
+    seed: int,
+    enforce: bool = True,
+    use_cache: bool = True,
+    label_names: Sequence[str] | None = None,
 ) -> Prepared:
     """Read, check, render, tokenise and (with ``packing``) pack the data of ``config``.
 
@@ -69,6 +76,8 @@ def prepare(
         enforce: raise when the check finds problems, unless ``config.skip_data_check``. Without, rows that
             are too long under --overlong error are left out and become a problem of the report.
         use_cache: look in the tokenised cache, and write into it.
+        label_names: the classes, where several participants share one classifier (:func:`shared_label_names`).
+            None: those of the training rows.
 
     Raises:
         DataError: wrong data (message with file and row), no row left, or problems that the check found.
@@ -80,13 +89,13 @@ def prepare(
         config = config.model_copy(update={"overlong": "drop"})
     train_table, evaluation_table = select_tables(config)
     layout = _layout(train_table, config, task)
-    key = _cache_key(config, tokenizer, task, seed, layout, train_table, evaluation_table)
+    key = _cache_key(config, tokenizer, task, seed, layout, train_table, evaluation_table, label_names)
     folder = cache.cache_folder(config.data_cache)
     entry = cache.find(folder, key) if use_cache else None
     if entry is not None:
         prepared = _load(entry)
     else:
-        prepared = _build(config, tokenizer, task, seed, layout, train_table, evaluation_table)
+        prepared = _build(config, tokenizer, task, seed, layout, train_table, evaluation_table, label_names)
         if use_cache:
             prepared = _store(folder, key, prepared)
     judge(prepared.report, asked)
@@ -103,8 +112,32 @@ def _layout(table: Table, config: Any, task: str) -> Layout:
     return recognise(table, data_format=config.data_format, data_mapping=config.data_mapping, task=task)
 
 
+def shared_label_names(configs: Iterable[Any]) -> list[str]:
+    """The classes of one classifier that several participants train: those of all their training rows.
+
+    Args:
+        configs: the data options of each participant.
+
+    Raises:
+        DataError: wrong data, or fewer than two classes in all.
+    """
+    examples: dict[str, Labelled] = {}
+    for config in configs:
+        table, _ = select_tables(config)
+        rows = build_examples(table, _layout(table, config, "sequence-classification"))
+        examples |= {example.label: example for example in cast("Sequence[Labelled]", rows)}
+    return label_names_of(list(examples.values()))
+
+
 def _cache_key(
-    config: Any, tokenizer: Any, task: str, seed: int, layout: Layout, train: Table, evaluation: Table | None
+    config: Any,
+    tokenizer: Any,
+    task: str,
+    seed: int,
+    layout: Layout,
+    train: Table,
+    evaluation: Table | None,
+    label_names: Sequence[str] | None,
 ) -> str:
     facts = {
         "tokenizer": cache.tokenizer_facts(tokenizer),
@@ -116,6 +149,7 @@ def _cache_key(
         "held_out": None
         if evaluation is not None
         else [config.eval_fraction, seed if config.eval_fraction else 0],
+        "label_names": None if label_names is None else list(label_names),
     }
     tables = [table for table in (train, evaluation) if table is not None]
     # The report names the files, which are part of the key therefore.
@@ -161,12 +195,15 @@ def _build(
     layout: Layout,
     train_table: Table,
     evaluation_table: Table | None,
+    label_names: Sequence[str] | None,
 ) -> Prepared:
     train, evaluation, report = split_examples(config, task, seed, layout, train_table, evaluation_table)
     report.tokenizer = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
     report.template_sha256 = cache.template_sha256(tokenizer)
     report.eos_token = tokenizer.eos_token
     if task == "sequence-classification":
+        names = label_names or label_names_of(cast("Sequence[Labelled]", train.examples))
+        report.label_names = list(names)
         train_rows, evaluation_rows = _classification_rows(config, tokenizer, train, evaluation, report)
     else:
         train_rows, evaluation_rows = _language_rows(config, tokenizer, train, evaluation, report)
@@ -210,7 +247,6 @@ def _classification_rows(
 ) -> Any:
     if config.packing:
         raise DataError("--packing is for language models: a packed sequence has no single class")
-    report.label_names = label_names_of(cast("Sequence[Labelled]", train.examples))
 
     def encode(split: _Split) -> Any:
         rows, lengths, counts = classify(
