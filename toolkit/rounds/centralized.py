@@ -1,8 +1,6 @@
 """Centralized training: the loop of all recipes with one participant and no merge."""
 
 import contextlib
-import dataclasses
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -14,35 +12,23 @@ from accelerate.utils import broadcast_object_list
 from toolkit.data.collate import Collator
 from toolkit.data.prepare import Prepared, prepare
 from toolkit.data.tokenizer import load_tokenizer
-from toolkit.errors import Interrupted, LaunchError, MeldkitError
+from toolkit.errors import LaunchError
 from toolkit.evaluation.answers import answer
 from toolkit.launch.plan import LaunchPlan
 from toolkit.modeling.adapters import add_adapter
 from toolkit.modeling.load import load_base, load_model_config
 from toolkit.modeling.source import find_model, model_fingerprint
-from toolkit.reporting import environment, listeners, resources
-from toolkit.reporting.history import plain
-from toolkit.reporting.libraries import speak_into_the_log
-from toolkit.reporting.records import (
-    CheckpointRecord,
-    EvaluationRecord,
-    MessageRecord,
-    RunEnd,
-    RunStart,
-    SampleRecord,
-    StepRecord,
-)
+from toolkit.reporting import environment
+from toolkit.reporting.records import CheckpointRecord, RunStart, SampleRecord
 from toolkit.rounds.boundaries import Boundaries
 from toolkit.rounds.checkpoints import CheckpointStore
 from toolkit.rounds.final_model import write_final_model
-from toolkit.rounds.run_directory import CONFIG_NAME, RunDirectory
-from toolkit.rounds.signals import StopRequest
+from toolkit.rounds.run import Run
+from toolkit.rounds.run_directory import RunDirectory
 from toolkit.rounds.summary import configuration_rows, result_rows
 from toolkit.training.arguments import build_arguments
 from toolkit.training.contract import ParticipantTrainer, StepStatistics, TrainerSetup, build_trainer
 from toolkit.training.world import assert_world, close_world, prepare_world, training_arguments
-
-logger = logging.getLogger(__name__)
 
 PARTICIPANT = "model"
 RECIPE = "centralized-hf"
@@ -71,14 +57,11 @@ def run(config: Any, plan: LaunchPlan) -> int:
         directory.close()
 
 
-class CentralizedRun:
+class CentralizedRun(Run):
     """One run: prepares data and model, drives the trainer from boundary to boundary, writes what comes out."""
 
     def __init__(self, config: Any, plan: LaunchPlan, directory: RunDirectory, processes: Any) -> None:
-        self.config = config
-        self.plan = plan
-        self.directory = directory
-        self.processes = processes
+        super().__init__(RECIPE, config, plan, directory, processes)
         self.store = CheckpointStore(
             directory.path,
             PARTICIPANT,
@@ -86,16 +69,12 @@ class CentralizedRun:
             keep=config.keep_checkpoints,
             process_state=processes,
         )
-        self.listener: Any = listeners.Listeners()
         self.trainer: Any = None
         self.num_held_out = 0
-        self.stop = StopRequest(self._announce_stop)
 
     def run(self) -> int:
         if self.directory.is_finished:
-            self.listener = self._listen(None)
-            with self.listener:
-                self._say("info", f"the run in {self.directory.path} is complete; nothing is left to do")
+            self.say_nothing_left()
             return 0
         if self.config.merge_final and self.plan.zero_stage == 3:
             raise LaunchError(
@@ -110,14 +89,14 @@ class CentralizedRun:
         here = environment.describe()
         changed_versions = self.directory.changed_versions(here["versions"])
         self.directory.begin(facts, here | {"plan": self.plan.as_dict(), "plan_notes": list(self.plan.notes)})
-        self.listener = self._listen(_step_of(checkpoint) if self.config.resume else None)
-        with self.listener, contextlib.closing(self.trainer):
+        restored = {PARTICIPANT: _step_of(checkpoint)} if self.config.resume else None
+        with self.listen(restored), contextlib.closing(self.trainer):
             for change in changed_versions:
-                self._say("warning", f"{change} since the run was started: its bits may not be the same")
+                self.say("warning", f"{change} since the run was started: its bits may not be the same")
             try:
                 self._train(tokenizer, prepared, checkpoint)
             except BaseException as error:
-                self._end_by(error)
+                self.end_by(error)
                 raise
         return 0
 
@@ -193,18 +172,19 @@ class CentralizedRun:
     def _train(self, tokenizer: Any, prepared: Prepared, checkpoint: Path | None) -> None:
         config, trainer, began = self.config, self.trainer, time.monotonic()
         trainer.start(checkpoint)
+        self.step = trainer.step
         self.listener.handle(self._run_start(prepared, trainer))
         for note in self.plan.notes:
-            self._say("debug", note)
+            self.say("debug", note)
         report = prepared.report
         for problem in report.problems:
-            self._say("warning", f"data check, skipped as asked: {problem}")
+            self.say("warning", f"data check, skipped as asked: {problem}")
         for warning in report.warnings:
-            self._say("warning", f"data check: {warning}")
+            self.say("warning", f"data check: {warning}")
         for note in report.notes:
-            self._say("info", f"data: {note}")
+            self.say("info", f"data: {note}")
         if checkpoint is not None:
-            self._say("info", f"resumed after step {trainer.step} of {trainer.num_steps}")
+            self.say("info", f"resumed after step {trainer.step} of {trainer.num_steps}")
         boundaries = Boundaries(
             trainer.num_steps,
             trainer.num_steps_per_epoch,
@@ -231,46 +211,16 @@ class CentralizedRun:
         if not reached or boundaries.checkpoint_at(trainer.step):
             self._commit()
         if not reached:
-            raise Interrupted(
-                f"interrupted by {self.stop.received or 'another process'} after step {trainer.step}",
-                hint=f"continue with: {self._resume_command()}",
-            )
+            raise self.interrupted(f"after step {trainer.step}")
 
     def _on_step(self, step: StepStatistics) -> None:
-        if not self.processes.is_main_process:
-            return
-        sampled = resources.snapshot()
-        self.listener.handle(
-            StepRecord(
-                participant=PARTICIPANT,
-                num_steps=self.trainer.num_steps,
-                tokens_per_second=step.num_tokens / step.step_seconds,
-                memory_bytes=sampled["memory_bytes"],
-                gpu=resources.gpu_of_run(sampled["gpus"]),
-                **dataclasses.asdict(step),
-            )
-        )
+        self.record_step(PARTICIPANT, step, self.trainer.num_steps)
 
     def _evaluate(self, phase: Any) -> None:
         if self.num_held_out == 0:
             return
-        self._say("debug", f"evaluating {self.num_held_out} held-out rows")
-        began = time.monotonic()
-        metrics = self.trainer.evaluate()
-        step = self.trainer.step
-        self.directory.journal.append(
-            "evaluation", participant=PARTICIPANT, step=step, phase=phase, metrics=plain(metrics)
-        )
-        self.listener.handle(
-            EvaluationRecord(
-                participant=PARTICIPANT,
-                step=step,
-                epoch=self.trainer.epoch,
-                phase=phase,
-                metrics=metrics,
-                seconds=time.monotonic() - began,
-            )
-        )
+        self.say("debug", f"evaluating {self.num_held_out} held-out rows")
+        self.evaluate(self.trainer, phase, self.trainer.evaluate)
 
     def _commit(self) -> None:
         self.listener.flush()
@@ -284,7 +234,7 @@ class CentralizedRun:
         if not config.sample_prompts or config.task != "causal-lm" or not self.processes.is_main_process:
             return
         if self.plan.zero_stage == 3:
-            self._say(
+            self.say(
                 "warning",
                 "sample prompts are not answered under ZeRO-3, where no process has the whole model",
             )
@@ -321,38 +271,7 @@ class CentralizedRun:
             processes=self.processes,
         )
         self.directory.journal.append("finished", step=self.trainer.step)
-        self._end("done", summary=rows, paths=[("Model saved to", str(final))])
-
-    def _end_by(self, error: BaseException) -> None:
-        """Record what ended the run. Nothing that fails here may hide ``error``: the disk may be full."""
-        status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
-        text = error.message if isinstance(error, MeldkitError) else f"{type(error).__name__}: {error}"
-        try:
-            self._end(status, error=text)
-        except Exception:
-            logger.warning("the end of the run could not be recorded", exc_info=True)
-
-    def _end(self, status: Any, *, summary: Any = (), paths: Any = (), error: str | None = None) -> None:
-        if status != "done" and self.processes.is_main_process:
-            step = self.trainer.step if self.trainer is not None else 0
-            self.directory.journal.append(status, step=step, error=error)
-        run_dir = self.directory.path
-        places = [*paths, ("Run directory", str(run_dir)), ("Report", str(run_dir / "report.html"))]
-        self.listener.handle(RunEnd(status=status, summary=list(summary), paths=places, error=error))
-
-    # Words
-
-    def _listen(self, restored_step: int | None) -> Any:
-        history = None if restored_step is None else {PARTICIPANT: restored_step}
-        built = listeners.build(
-            self.directory.path,
-            self.config,
-            is_main_process=self.processes.is_main_process,
-            resumed_history=history,
-        )
-        if self.processes.is_main_process:
-            speak_into_the_log()
-        return built
+        self.end("done", summary=rows, paths=[("Model saved to", str(final))])
 
     def _run_start(self, prepared: Prepared, trainer: Any) -> RunStart:
         return RunStart(
@@ -364,19 +283,6 @@ class CentralizedRun:
             num_epochs=trainer.num_steps / trainer.num_steps_per_epoch,
             data_check=prepared.report.as_dict(),
         )
-
-    def _say(self, level: Any, text: str) -> None:
-        self.listener.handle(MessageRecord(level=level, text=text))
-
-    def _announce_stop(self, name: str) -> None:
-        if self.processes.is_main_process:
-            self._say(
-                "warning",
-                f"{name}: finishing this step and committing a checkpoint; once more leaves at once",
-            )
-
-    def _resume_command(self) -> str:
-        return f"meldkit train {RECIPE} --config {self.directory.path / CONFIG_NAME} --resume"
 
 
 def _step_of(checkpoint: Path | None) -> int:

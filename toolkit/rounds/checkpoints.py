@@ -1,7 +1,8 @@
 """Checkpoints of a participant: committed whole, found again, deleted only when newer ones are safe.
 
 ``<run>/<participant>/checkpoints/checkpoint-00000120/`` is complete when it is there, and counts once the journal says
-so. Whatever else lies there comes from a process that was killed, and is removed when the run goes on.
+so. Whatever else lies there comes from a process that was killed, and is removed when the run goes on. Of a participant
+that merges, ``checkpoint-00000120-merges-3`` is the state after 120 steps and 3 merges that it has taken over.
 """
 
 import logging
@@ -44,14 +45,17 @@ class CheckpointStore:
         self._keep = keep
         self._processes = process_state
 
-    def commit(self, trainer: ParticipantTrainer) -> Path:
+    def commit(self, trainer: ParticipantTrainer, *, merges: int = 0) -> Path:
         """Save the trainer's state durably and return the folder. On all processes.
+
+        Args:
+            merges: how many merges the participant has taken over: its state changes by them, its step does not.
 
         Raises:
             CheckpointError: the disk is full or fails; earlier checkpoints are untouched.
         """
-        final = self.folder / f"checkpoint-{trainer.step:08d}"
-        if any(r["step"] == trainer.step for r in self._committed()):
+        final = self.folder / (f"checkpoint-{trainer.step:08d}" + (f"-merges-{merges}" if merges else ""))
+        if any(r["path"] == final.name for r in self._committed()):
             return final
         self._check_free_space()
         num_bytes = 0
@@ -78,6 +82,17 @@ class CheckpointStore:
             self._delete(record)
         self._processes.wait_for_everyone()
         return final
+
+    def find(self, name: str) -> Path:
+        """The committed checkpoint of that folder name, after comparing its files with what was committed.
+
+        Raises:
+            CheckpointError: it is not there or not intact.
+        """
+        if not any(r["path"] == name for r in self._committed()):
+            raise CheckpointError(f"{self.folder / name} was never committed, or was deleted since")
+        verify_folder(self.folder / name)
+        return self.folder / name
 
     def latest(self) -> Path | None:
         """The newest committed checkpoint whose files are what was committed; None when there never was one.
@@ -115,6 +130,13 @@ class CheckpointStore:
         for record in self._committed():
             if record["step"] > step:
                 self._delete(record)
+
+    def forget_behind(self, name: str | None) -> None:
+        """Discard the checkpoints that were committed after the one of that name (all, for None)."""
+        committed = self._committed()
+        names = [record["path"] for record in committed]
+        for record in committed[0 if name is None else names.index(name) + 1 :]:
+            self._delete(record)
 
     def _committed(self) -> list[dict[str, Any]]:
         deleted = {r["checkpoint"] for r in self._journal.records("checkpoint_deleted")}

@@ -15,6 +15,11 @@ from toolkit.errors import CheckpointError
 
 JOURNAL_NAME = "journal.jsonl"
 
+FACTS_OF_THE_DISK = frozenset(
+    {"created", "started", "checkpoint", "checkpoint_deleted", "rewound", "interrupted", "failed"}
+)
+"""Events that :meth:`Journal.rewind` leaves: they tell of the folder, not of where the training stands."""
+
 
 class Journal:
     """Reads and extends ``journal.jsonl`` in a run directory.
@@ -36,7 +41,7 @@ class Journal:
     def append(self, event: str, **facts: Any) -> dict[str, Any]:
         """Add a record and return it after it is durable. Values are JSON values; NaN is refused."""
         record = {
-            "number": len(self._records) + 1,
+            "number": self._records[-1]["number"] + 1 if self._records else 1,
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "event": event,
             **facts,
@@ -50,6 +55,15 @@ class Journal:
     def records(self, event: str | None = None) -> list[dict[str, Any]]:
         """All records, or those of one event, oldest first."""
         return [r for r in self._records if event is None or r["event"] == event]
+
+    def rewind(self, number: int) -> None:
+        """Take back what was recorded after record ``number``: the run goes on from there and records it again.
+
+        The lines stay in the file, before a line that says so; :meth:`records` leaves them out.
+        """
+        if any(r["number"] > number and r["event"] not in FACTS_OF_THE_DISK for r in self._records):
+            self.append("rewound", to=number)
+            self._records = _without_rewound(self._records)
 
     def _write(self, line: str) -> None:
         is_new = not self._path.exists()
@@ -80,4 +94,14 @@ class Journal:
                 records.append(json.loads(line))
             except ValueError as error:
                 raise CheckpointError(f"{self._path}:{number} is damaged: {error}") from error
-        return records
+        return _without_rewound(records)
+
+
+def _without_rewound(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    kept: list[dict[str, Any]] = []
+    for record in records:
+        if record["event"] == "rewound":
+            last = record["to"]
+            kept = [r for r in kept if r["number"] <= last or r["event"] in FACTS_OF_THE_DISK]
+        kept.append(record)
+    return kept
