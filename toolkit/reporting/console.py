@@ -16,15 +16,19 @@ from typing import TextIO
 import rich.console
 from rich.text import Text
 
-from toolkit.reporting import wording
+from toolkit.reporting import round_wording, wording
 from toolkit.reporting.log_file import RUN_RECORD
 from toolkit.reporting.progress import Progress, ProgressBars
 from toolkit.reporting.records import (
+    AlertRecord,
     CheckpointRecord,
+    ComparisonRecord,
     EvaluationRecord,
     Level,
+    MergeRecord,
     MessageRecord,
     Record,
+    RoundRecord,
     RunEnd,
     RunStart,
     SampleRecord,
@@ -93,8 +97,24 @@ class Console:
             self.say(record.level, record.text)
         elif isinstance(record, RunStart):
             self._handle_start(record)
-        else:
+        elif isinstance(record, RunEnd):
             self._handle_end(record)
+        else:
+            self._handle_round(record)
+
+    def _handle_round(self, record: MergeRecord | RoundRecord | AlertRecord | ComparisonRecord) -> None:
+        if isinstance(record, AlertRecord):
+            self._write(Text(round_wording.alert_line(record), style="bold red"))
+            return
+        if isinstance(record, MergeRecord):
+            lines = round_wording.merge_lines(record)
+            style = "bold red" if record.status == "failed" else "bold magenta"
+        elif isinstance(record, RoundRecord):
+            lines, style = round_wording.round_lines(record), "bold"
+        else:
+            lines, style = ["Comparison:", *round_wording.comparison_lines(record)], "bold"
+        for number, line in enumerate(lines):
+            self._write(Text(f"{'    ' if number else '  '}{line}", style="" if number else style))
 
     def say(self, level: Level, text: str) -> None:
         """Show a sentence, if its level is high enough."""

@@ -22,9 +22,13 @@ from toolkit.errors import RunDirectoryError
 from toolkit.reporting.metrics import summarize
 from toolkit.reporting.pace import Pace
 from toolkit.reporting.records import (
+    AlertRecord,
     CheckpointRecord,
+    ComparisonRecord,
     EvaluationRecord,
+    MergeRecord,
     Record,
+    RoundRecord,
     RunEnd,
     RunStart,
     SampleRecord,
@@ -49,6 +53,7 @@ COLUMNS = (
     "tokens_per_second",
     "memory_bytes",
 )
+ROUND_LISTS = ("merges", "rounds", "alerts")
 GPU_COLUMNS = ("utilization_percent", "power_watts", "memory_used_bytes")
 
 
@@ -111,6 +116,10 @@ class History:
         self.evaluations: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
         self.checkpoints: list[dict[str, Any]] = []
+        self.merges: list[dict[str, Any]] = []
+        self.rounds: list[dict[str, Any]] = []
+        self.alerts: list[dict[str, Any]] = []
+        self.comparison: dict[str, Any] | None = None
         # One JSON text a recorded step: made once, so that writing a long history again is only a join.
         self._step_lines: list[str] = []
 
@@ -131,6 +140,24 @@ class History:
 
     def add_checkpoint(self, record: CheckpointRecord) -> None:
         self._replace(self.checkpoints, dataclasses.asdict(record), ("participant", "step"))
+
+    def add_merge(self, record: MergeRecord) -> None:
+        self._replace(self.merges, plain(dataclasses.asdict(record)) | {"time": now_utc()}, ("round",))
+
+    def add_round(self, record: RoundRecord) -> None:
+        self._replace(self.rounds, plain(dataclasses.asdict(record)) | {"time": now_utc()}, ("round",))
+
+    def add_alert(self, record: AlertRecord) -> None:
+        entry = plain(dataclasses.asdict(record)) | {"time": now_utc()}
+        self._replace(self.alerts, entry, ("kind", "participant", "step"))
+
+    def set_comparison(self, record: ComparisonRecord) -> None:
+        self.comparison = plain(dataclasses.asdict(record))
+
+    @property
+    def is_iterative(self) -> bool:
+        """Whether participants trained in rounds."""
+        return bool(self.rounds or self.merges)
 
     def train_loss_before(self, record: EvaluationRecord) -> float | None:
         """Mean training loss of the recorded steps since the participant's evaluation before ``record``."""
@@ -156,6 +183,10 @@ class History:
         facts = plain({"format": FORMAT_VERSION, **self.facts, "sessions": self.sessions})
         head = [f"{json.dumps(name)}: {json.dumps(value, **_JSON)}" for name, value in facts.items()]
         tail = {"evaluations": self.evaluations, "samples": self.samples, "checkpoints": self.checkpoints}
+        # Only what a run has: the file of a run without merges is that of a run that knows of none.
+        tail |= {name: entries for name in ROUND_LISTS if (entries := getattr(self, name))}
+        if self.comparison is not None:
+            head.append(f'"comparison": {json.dumps(self.comparison, **_JSON)}')
         lists = [
             f'"{name}": [{_lines([json.dumps(e, **_JSON) for e in entries])}]'
             for name, entries in tail.items()
@@ -192,6 +223,12 @@ class History:
         self.evaluations = [entry for entry in content["evaluations"] if kept(entry)]
         self.checkpoints = [entry for entry in content["checkpoints"] if kept(entry)]
         self.samples = content["samples"]
+        for name in ("merges", "rounds"):
+            entries = content.get(name, [])
+            setattr(self, name, [e for e in entries if _is_reached(e["steps"], restored_steps)])
+        self.alerts = [
+            e for e in content.get("alerts", []) if e["participant"] is None or e["step"] is None or kept(e)
+        ]
         for row in content["steps"]:
             if kept(row):
                 self._append_step(row)
@@ -211,6 +248,11 @@ _JSON: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False}
 
 def _lines(texts: list[str]) -> str:
     return "\n  " + ",\n  ".join(texts) + "\n" if texts else ""
+
+
+def _is_reached(steps: Mapping[str, int], restored_steps: Mapping[str, int]) -> bool:
+    """Whether a merge or round at ``steps`` is not beyond what was restored; a name that was not restored is free."""
+    return all(step <= restored_steps.get(name, step) for name, step in steps.items())
 
 
 class HistoryWriter:
@@ -265,6 +307,14 @@ class HistoryWriter:
             history.add_sample(record)
         elif isinstance(record, CheckpointRecord):
             history.add_checkpoint(record)
+        elif isinstance(record, MergeRecord):
+            history.add_merge(record)
+        elif isinstance(record, RoundRecord):
+            history.add_round(record)
+        elif isinstance(record, AlertRecord):
+            history.add_alert(record)
+        elif isinstance(record, ComparisonRecord):
+            history.set_comparison(record)
         elif isinstance(record, RunEnd):
             history.facts["status"] = record.status
             history.end = record

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -72,14 +73,29 @@ class Listeners:
         self._optional = list(optional)
         self._lock = threading.RLock()
         self._closed = False
+        self._waiting: deque[Record] = deque()
+        self._is_passing = False
 
     def handle(self, record: Record) -> None:
+        """Pass ``record`` on. What a listener itself says meanwhile (an alert) follows it, to all of them."""
         with self._lock:
-            for listener in self._essential:
+            self._waiting.append(record)
+            if self._is_passing:
+                return
+            self._is_passing = True
+            try:
+                while self._waiting:
+                    self._pass(self._waiting.popleft())
+            finally:
+                self._is_passing = False
+                self._waiting.clear()
+
+    def _pass(self, record: Record) -> None:
+        for listener in self._essential:
+            listener.handle(record)
+        for listener in list(self._optional):
+            with self._spared(listener):
                 listener.handle(record)
-            for listener in list(self._optional):
-                with self._spared(listener):
-                    listener.handle(record)
 
     def flush(self) -> None:
         """Make the history on the disk as long as the run.

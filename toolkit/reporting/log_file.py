@@ -6,12 +6,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from toolkit.reporting import wording
+from toolkit.reporting import round_wording, wording
 from toolkit.reporting.records import (
+    AlertRecord,
     CheckpointRecord,
+    ComparisonRecord,
     EvaluationRecord,
+    MergeRecord,
     MessageRecord,
     Record,
+    RoundRecord,
     RunEnd,
     RunStart,
     SampleRecord,
@@ -20,6 +24,7 @@ from toolkit.reporting.records import (
 
 # Records of the run carry this attribute: the console shows them in its own way and skips them here.
 RUN_RECORD = "meldkit_run_record"
+MAX_LINES = 1000
 LIBRARIES = ("py.warnings", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "torch")
 
 
@@ -62,6 +67,7 @@ class LogFile:
         self._train_loss = train_loss
         self._num_epochs: float | None = None
         self._many = False
+        self._departed: set[str] = set()
         self._logger = logging.getLogger("toolkit.run")
         self._handler = logging.FileHandler(path, mode="a", encoding="utf-8", errors="backslashreplace")
         self._handler.setFormatter(formatter())
@@ -104,8 +110,26 @@ class LogFile:
             self._many = len(record.participants) > 1
             rows = "".join(f"\n{label}: {value}" for label, value in record.rows)
             self._say(logging.INFO, f"run of {record.recipe} starts: {record.title}{rows}")
-        else:
+        elif isinstance(record, RunEnd):
             self._handle_end(record)
+        else:
+            self._handle_round(record)
+
+    def _handle_round(self, record: MergeRecord | RoundRecord | AlertRecord | ComparisonRecord) -> None:
+        level = logging.INFO
+        if isinstance(record, MergeRecord):
+            lines = round_wording.merge_lines(record, max_rows=MAX_LINES)
+            level = logging.WARNING if record.status == "failed" else logging.INFO
+        elif isinstance(record, RoundRecord):
+            lines = round_wording.round_lines(record)
+            departures = round_wording.departures(record, self._departed)
+            self._departed |= {name for name, _ in departures}
+            lines += [f"{name} {why}" for name, why in departures]
+        elif isinstance(record, AlertRecord):
+            lines, level = [round_wording.alert_line(record)], logging.WARNING
+        else:
+            lines = ["comparison", *round_wording.comparison_lines(record)]
+        self._say(level, "\n".join(lines))
 
     def _handle_end(self, record: RunEnd) -> None:
         lines = [f"run {record.status}", *([record.error] if record.error else [])]

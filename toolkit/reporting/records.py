@@ -12,6 +12,12 @@ from typing import Any, Literal
 Phase = Literal["before", "during", "after"]
 Level = Literal["debug", "info", "warning", "error"]
 Status = Literal["done", "interrupted", "failed"]
+MergeStatus = Literal["merged", "skipped", "failed"]
+GateVerdict = Literal["accepted", "rejected"]
+Verdict = Literal["helped", "hurt", "no difference"]
+AlertKind = Literal[
+    "non_finite_loss", "loss_explosion", "accuracy_collapse", "memory", "participant_failed", "merge_failed"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +109,102 @@ class CheckpointRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRecord:
+    """One merge: made, left out although it was due, or failed after its last attempt.
+
+    A record of a round that was handled already (after a resume) takes the place of the earlier one.
+    """
+
+    round: int
+    epoch: int
+    """Passes over the data that every participant has done, as a whole number."""
+    steps: Mapping[str, int]
+    """Optimizer steps of each participant at the merge: its place on the time axis."""
+    participants: list[str]
+    """Those whose states went in."""
+    method: str
+    status: MergeStatus
+    weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """The weights really used: target to source to weight.
+
+    Where every participant gets its own mixture the targets are participants; where all get one model there is one
+    target, the target languages joined by commas.
+    """
+    reason: str
+    """Why the schedule merged (or did not), as a sentence."""
+    trigger: str
+    """``frequency``, ``adaptive``, ``performance``, ``convergence``, ``none``."""
+    confidence: float
+    decision_metrics: Mapping[str, float] = field(default_factory=dict)
+    """The numbers that the schedule decided by."""
+    gate: Mapping[str, GateVerdict | None] = field(default_factory=dict)
+    """Participant to the gate's verdict on what it was to receive; None: no gate, it received it."""
+    before: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Participant to the metrics on its held-out rows before the merge."""
+    after: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """The same of the merged state, whether or not the gate let it pass."""
+    seconds: float
+    """Of the merge itself, without the evaluations."""
+    attempts: int
+    path: str | None = None
+    """Folder of the merged model, where one was written."""
+    error: str | None = None
+    """What a merge failed of, or why it was left out."""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRecord:
+    """A round is over: every active participant trained one epoch, and a merge was made or not."""
+
+    round: int
+    epoch: int
+    num_epochs: int
+    """Of the whole run, where nobody stops early."""
+    steps: Mapping[str, int]
+    """Optimizer steps of each participant that finished the round."""
+    active: list[str]
+    """Those that train on."""
+    stopped: Mapping[str, str] = field(default_factory=dict)
+    """Participant that stopped early to the reason; it keeps its weights."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Participant that failed and was left out to the error."""
+    seconds: float
+    """Of the whole round."""
+    decision: Mapping[str, Any] | None = None
+    """The schedule's decision as JSON values (``should_merge``, ``reason``, ``recommended_frequency``, ...)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlertRecord:
+    """Something that a person should look at. The run goes on."""
+
+    kind: AlertKind
+    participant: str | None
+    """None: the whole run."""
+    step: int | None
+    message: str
+    """A sentence that names the participant and the numbers."""
+    values: Mapping[str, float] = field(default_factory=dict)
+    """The numbers that it was raised by, thresholds included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparisonRecord:
+    """Whether it helped: each participant's metric under every arm on the same rows."""
+
+    columns: list[str]
+    """Headings of ``rows``: the participant, the arms, the interval, the verdict."""
+    rows: list[list[str]]
+    """The table as it is printed; the first cell names the participant, in the order of ``verdicts``."""
+    verdicts: Mapping[str, Verdict]
+    comparison: Mapping[str, Any]
+    """The figures behind it (JSON values), as they stand in final_statistics.json."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences below the table: what was compared, seeds, interval."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MessageRecord:
     """A sentence for the user."""
 
@@ -123,4 +225,16 @@ class RunEnd:
     """What ended the run, when it is not done."""
 
 
-Record = RunStart | StepRecord | EvaluationRecord | SampleRecord | CheckpointRecord | MessageRecord | RunEnd
+Record = (
+    RunStart
+    | StepRecord
+    | EvaluationRecord
+    | SampleRecord
+    | CheckpointRecord
+    | MergeRecord
+    | RoundRecord
+    | AlertRecord
+    | ComparisonRecord
+    | MessageRecord
+    | RunEnd
+)
