@@ -1,5 +1,6 @@
 """Start a recipe: configuration, launch plan, then this process or the processes that a launcher starts."""
 
+import importlib
 import os
 import shlex
 import signal
@@ -19,6 +20,11 @@ from toolkit.errors import RunDirectoryError
 from toolkit.terminal import BOLD, out, styled
 
 CONFIG_NAME = "experiment_config.json"
+RUNS = {
+    "centralized-hf": "toolkit.rounds.centralized",
+    "iterative-merge": "toolkit.rounds.iterative",
+}
+"""Where each recipe is run: a module with ``run(config, plan) -> exit status``, imported once it begins."""
 HELP_FLAGS = {"-h", "--help"}
 
 
@@ -83,9 +89,7 @@ class _Starter:
         from toolkit.reporting.libraries import quiet_libraries
 
         with quiet_libraries(loaded.config.log_level):
-            from toolkit.rounds.centralized import run
-
-            return run(loaded.config, plan)
+            return importlib.import_module(RUNS[self.recipe]).run(loaded.config, plan)
 
     def _save(self, loaded: Loaded[Any]) -> None:
         """Write the file of --save-config.

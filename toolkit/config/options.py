@@ -5,8 +5,10 @@ The docstring under a field is its help text, on the command line and in the doc
 """
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -53,8 +55,28 @@ GpuNumbers = Annotated[str, BeforeValidator(_as_text), AfterValidator(_gpu_numbe
 ModuleNames = Annotated[str | list[str], AfterValidator(_module_names)]
 
 
+@dataclass(frozen=True)
+class Synonym:
+    """Another name of an option.
+
+    Attributes:
+        option: what is meant.
+        adds: the other name is a switch, which adds this to the option, a list; "" for a name that takes the option's
+            own value.
+    """
+
+    option: str
+    adds: str = ""
+
+
 class Options(BaseModel):
     """Base of all option groups: unknown names are errors, values are never changed after validation."""
+
+    synonyms: ClassVar[Mapping[str, Synonym]] = {}
+    """Other names of options, in files and on the command line."""
+
+    unavailable: ClassVar[Mapping[str, str]] = {}
+    """Options of an inherited group that a recipe refuses, each with the reason. They have no flag."""
 
     model_config = ConfigDict(
         extra="forbid",
