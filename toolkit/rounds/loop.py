@@ -1,0 +1,368 @@
+"""The loop of all recipes with several participants: train an epoch each, decide, merge, commit; again.
+
+    for every epoch:
+        every active participant trains one epoch       (its trainer is paused, not torn down, in between)
+        every active participant is evaluated           -> observations
+        the schedule decides                            -> a decision with its reason
+        if it says so, states are merged and handed out (``merge_step``)
+        everything is committed                         -> the place from which a killed run goes on
+
+A commit is a set of checkpoints, one a participant, and one line of the journal that names them all together with what
+else the loop knows (standings, schedule). What happened after the last commit is taken back and done again.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from toolkit.errors import CheckpointError, Interrupted, RunError
+from toolkit.reporting.records import AlertRecord, CheckpointRecord, RoundRecord
+from toolkit.rounds.boundaries import Boundaries
+from toolkit.rounds.participants import Participant, Standing
+from toolkit.rounds.run import Run
+from toolkit.rounds.schedule import MergeDecision, Observation, Schedule
+from toolkit.rounds.schedule.early_stopping import EarlyStopping
+
+logger = logging.getLogger(__name__)
+
+COMMIT = "loop"
+"""The journal's event for a commit of a loop."""
+NUM_RECOVERIES = 1
+"""How often a participant that failed is taken back to its last checkpoint: the same error twice is no accident."""
+
+
+class Merge(Protocol):
+    """Combines what the participants have learned and hands it out."""
+
+    def __call__(self, epoch: int, decision: MergeDecision) -> Mapping[str, bool]:
+        """Returns, for each participant that was offered a merged state, whether it took it over."""
+        ...
+
+
+class RoundLoop:
+    """Trains participants epoch by epoch.
+
+    Args:
+        run: of the recipe: journal, listeners, stop request.
+        participants: with trainers that have not started.
+        name: of this loop in the journal, where a run has several.
+        num_epochs: of every participant.
+        schedule: decides after every epoch whether to merge; None: never.
+        merge: does it.
+        rebuild: a new trainer, not started, for a participant whose trainer has failed.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        participants: Sequence[Participant],
+        *,
+        name: str,
+        num_epochs: int,
+        schedule: Schedule | None = None,
+        merge: Merge | None = None,
+        rebuild: Callable[[Participant], None] | None = None,
+    ) -> None:
+        self.run = run
+        self.config = run.config
+        self.participants = list(participants)
+        self.name = name
+        self.num_epochs = num_epochs
+        self.schedule = schedule
+        self.merge = merge
+        self.epoch = 0
+        """Epochs that are over, merge included."""
+        self._rebuild = rebuild
+        self._is_new = True
+
+    # Where it stands
+
+    def commits(self) -> list[dict[str, Any]]:
+        return [record for record in self.run.journal.records(COMMIT) if record["loop"] == self.name]
+
+    def steps_of(self, commit: dict[str, Any] | None) -> dict[str, int]:
+        """Optimizer steps of each participant at a commit."""
+        return {p.name: 0 if commit is None else commit["steps"][p.name] for p in self.participants}
+
+    def last_intact_commit(self) -> dict[str, Any] | None:
+        """The newest commit whose checkpoints are all intact; None where nothing was committed.
+
+        Raises:
+            CheckpointError: there were commits and none is intact: the run must not begin again unnoticed.
+        """
+        commits = self.commits()
+        for commit in reversed(commits):
+            try:
+                for participant in self.participants:
+                    self._checkpoint(participant, commit)
+            except CheckpointError as error:
+                logger.warning("%s; falling back to the commit before it", error)
+                continue
+            return commit
+        if commits:
+            raise CheckpointError(
+                f"no commit of {self.run.directory.path} has all its checkpoints intact",
+                hint="start again in another --output-dir",
+            )
+        return None
+
+    def start(self, commit: dict[str, Any] | None) -> None:
+        """Start the trainers, from a commit if one is given; what was recorded after it is taken back."""
+        for participant in self.participants:
+            participant.store.recover()
+            folder = None if commit is None else self._checkpoint(participant, commit)
+            participant.store.forget_behind(None if folder is None else folder.name)
+            if commit is not None:
+                participant.standing = Standing(**commit["standings"][participant.name])
+            participant.trainer.start(folder)
+        if commit is None:
+            return
+        self._is_new = False
+        self.epoch = commit["epoch"]
+        if self.schedule is not None:
+            self.schedule.load_state(commit["schedule"])
+
+    def _checkpoint(self, participant: Participant, commit: dict[str, Any]) -> Any:
+        name = commit["checkpoints"][participant.name]
+        return None if name is None else participant.store.find(name)
+
+    # The loop
+
+    def go(self, before: Callable[[Participant], None] | None = None) -> None:
+        """Train to the end.
+
+        Args:
+            before: called for every participant before its first step.
+
+        Raises:
+            Interrupted: a stop was asked for; everything is committed.
+            RunError: every participant has failed, or a merge has and --enable-auto-recovery is off.
+        """
+        if self._is_new:
+            for participant in self.participants:
+                if before is not None:
+                    before(participant)
+                self._evaluate(participant, "before")
+        while self.epoch < self.num_epochs and self._active():
+            began = time.monotonic()
+            self._train_epoch(self.epoch + 1)
+            if self.config.checkpoint_before_merge and self.merge is not None:
+                self.commit()
+            self._end_epoch(self.epoch + 1, began)
+            self.epoch += 1
+            self._leave_or_commit()
+        self.commit()
+
+    def _leave_or_commit(self) -> None:
+        stopping = self.run.stop()
+        if stopping or self.config.checkpoint_every == "epoch":
+            self.commit()
+        if stopping and self.epoch < self.num_epochs:
+            raise self.run.interrupted(f"after epoch {self.epoch}")
+
+    def commit(self) -> None:
+        """Commit a checkpoint of every participant, and the line that makes them one state of the loop."""
+        self.run.listener.flush()
+        before = self.commits()[-1:]
+        checkpoints: dict[str, str | None] = {}
+        for participant in self.participants:
+            name = participant.name
+            if participant.standing.status == "failed":
+                checkpoints[name] = before[0]["checkpoints"][name] if before else None
+                continue
+            folder = participant.store.commit(
+                participant.trainer, merges=participant.standing.num_merges
+            )
+            checkpoints[name] = folder.name
+        content = {
+            "loop": self.name,
+            "epoch": self.epoch,
+            "checkpoints": checkpoints,
+            "steps": {p.name: p.trainer.step for p in self.participants},
+            "standings": {p.name: p.standing.as_dict() for p in self.participants},
+            "schedule": None if self.schedule is None else self.schedule.state(),
+        }
+        if before and all(before[0][key] == value for key, value in content.items()):
+            return
+        self.run.journal.append(COMMIT, **content)
+        for participant in self.participants:
+            name = checkpoints[participant.name]
+            if name is not None and participant.standing.status != "failed":
+                path = str(participant.store.folder / name)
+                step = participant.trainer.step
+                self.run.listener.handle(
+                    CheckpointRecord(participant=participant.name, step=step, path=path)
+                )
+
+    # Training
+
+    def _active(self) -> list[Participant]:
+        return [p for p in self.participants if p.is_active]
+
+    def _train_epoch(self, epoch: int) -> None:
+        together = self.config.participants_per_step
+        active = self._active()
+        for first in range(0, len(active), together):
+            group = active[first : first + together]
+            if len(group) == 1:
+                self._train(group[0], epoch, None)
+                continue
+            while behind := [p for p in group if p.is_active and p.trainer.step < _end_of(p, epoch)]:
+                for participant in behind:
+                    self._train(participant, epoch, participant.trainer.step + 1)
+        if not self._active() and any(p.standing.status == "failed" for p in self.participants):
+            errors = "\n".join(f"  {p.name}: {p.standing.error}" for p in self.participants if p.standing.error)
+            raise RunError(f"every participant has failed:\n{errors}")
+
+    def _train(self, participant: Participant, epoch: int, until: int | None) -> None:
+        """Train to the end of the epoch, or to ``until``; what fails is this participant's own affair."""
+        try:
+            self._train_to(participant, _end_of(participant, epoch), until)
+        except (Interrupted, CheckpointError):
+            raise
+        except Exception as error:
+            logger.debug("%s failed", participant.name, exc_info=True)
+            self._failed(participant, error)
+            if participant.is_active:
+                self._train(participant, epoch, until)
+
+    def _train_to(self, participant: Participant, end: int, until: int | None) -> None:
+        trainer, config = participant.trainer, self.config
+        boundaries = Boundaries(
+            end,
+            trainer.num_steps_per_epoch,
+            eval_every=config.eval_every if participant.has_rows_to_evaluate else "never",
+            checkpoint_every=config.checkpoint_every,
+        )
+        while trainer.step < (end if until is None else until):
+            boundary = boundaries.next_after(trainer.step)
+            reached = trainer.fit(boundary if until is None else min(boundary, until))
+            if not reached:
+                self.commit()
+                raise self.run.interrupted(f"after step {trainer.step} of {participant.name}")
+            if boundaries.evaluate_at(trainer.step):
+                self._evaluate(participant, "during")
+            if boundaries.checkpoint_at(trainer.step):
+                self.commit()
+
+    def _evaluate(self, participant: Participant, phase: Any) -> None:
+        if not participant.has_rows_to_evaluate or self.config.eval_every == "never":
+            return
+        trainer = participant.trainer
+        participant.standing.metrics = self.run.evaluate(trainer, phase, trainer.evaluate)
+
+    def _failed(self, participant: Participant, error: Exception) -> None:
+        standing = participant.standing
+        text = f"{type(error).__name__}: {error}"
+        commits = self.commits()
+        can_recover = (
+            self.config.enable_auto_recovery
+            and self._rebuild is not None
+            and standing.num_failures < NUM_RECOVERIES
+            and bool(commits)
+        )
+        step = participant.trainer.step
+        participant.trainer.close()
+        if can_recover:
+            assert self._rebuild is not None
+            restored = Standing(**commits[-1]["standings"][participant.name])
+            restored.num_failures = standing.num_failures + 1
+            self._rebuild(participant)
+            participant.standing = restored
+            participant.trainer.start(self._checkpoint(participant, commits[-1]))
+        else:
+            standing.status, standing.error = "failed", text
+            standing.num_failures += 1
+        outcome = (
+            f"goes on from its last checkpoint (step {participant.trainer.step})"
+            if can_recover
+            else "takes no further part; the others go on"
+        )
+        self.run.journal.append(
+            "participant_failed", participant=participant.name, step=step, error=text, recovered=can_recover
+        )
+        self.run.listener.handle(
+            AlertRecord(
+                kind="participant_failed",
+                participant=participant.name,
+                step=step,
+                message=f"{participant.name} failed at step {step} and {outcome}: {text}",
+                values={"num_failures": float(participant.standing.num_failures)},
+            )
+        )
+
+    # After an epoch
+
+    def _end_epoch(self, epoch: int, began: float) -> None:
+        in_round = self._active()
+        observations = [self._observe(participant, epoch) for participant in in_round]
+        for participant, seen in zip(in_round, observations, strict=True):
+            self._stop_early(participant, seen)
+        decision = None
+        if self.schedule is not None and self.merge is not None:
+            self.schedule.observe(observations)
+            names = [p.name for p in self.participants if p.standing.status != "failed"]
+            decision = self.schedule.decide(epoch, names)
+            self.run.journal.append("decision", epoch=epoch, **dataclasses.asdict(decision))
+            if decision.should_merge:
+                accepted = self.merge(epoch, decision)
+                self.schedule.record_merge(epoch, accepted)
+        standings = {p.name: p.standing for p in self.participants}
+        self.run.listener.handle(
+            RoundRecord(
+                round=epoch,
+                epoch=epoch,
+                num_epochs=self.num_epochs,
+                steps={p.name: p.trainer.step for p in in_round},
+                active=[p.name for p in self._active()],
+                stopped={n: s.stop_reason or "" for n, s in standings.items() if s.status == "stopped"},
+                failed={n: s.error or "" for n, s in standings.items() if s.status == "failed"},
+                seconds=time.monotonic() - began,
+                decision=None if decision is None else dataclasses.asdict(decision),
+            )
+        )
+
+    def _observe(self, participant: Participant, epoch: int) -> Observation:
+        train_loss = participant.end_epoch()
+        self._evaluate(participant, "during" if epoch < self.num_epochs else "after")
+        metrics = participant.standing.metrics
+        return Observation(
+            participant=participant.name,
+            epoch=epoch,
+            train_loss=train_loss,
+            metrics=metrics,
+            score=score_of(metrics, self.config.metric),
+        )
+
+    def _stop_early(self, participant: Participant, seen: Observation) -> None:
+        config = self.config
+        if not config.early_stopping_patience or seen.score is None:
+            return
+        rule = EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold)
+        if participant.standing.early_stopping:
+            rule.load_state(participant.standing.early_stopping)
+        if rule.observe(seen.score):
+            reason = f"no better for {config.early_stopping_patience} evaluations"
+            participant.standing.status, participant.standing.stop_reason = "stopped", reason
+            self.run.say("info", f"{participant.name} stops early: {reason}")
+        participant.standing.early_stopping = rule.state()
+
+
+def score_of(metrics: Any, metric: str) -> float | None:
+    """The metric that decides, as a number of which more is better; None where nothing was evaluated.
+
+    Args:
+        metrics: of an evaluation.
+        metric: its name, or ``auto``: accuracy of a classifier, loss of a language model.
+    """
+    if metric == "auto":
+        metric = "accuracy" if "accuracy" in metrics else "loss"
+    if metric not in metrics:
+        return None
+    return -metrics[metric] if metric in ("loss", "perplexity") else metrics[metric]
+
+
+def _end_of(participant: Participant, epoch: int) -> int:
+    return epoch * participant.trainer.num_steps_per_epoch

@@ -1,0 +1,183 @@
+"""Participants: who trains, on which rows, with which trainer, and how far each has come."""
+
+import gc
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import transformers
+
+from toolkit.data.collate import Collator
+from toolkit.data.prepare import Prepared
+from toolkit.launch.plan import LaunchPlan
+from toolkit.modeling.adapters import add_adapter
+from toolkit.modeling.load import load_base
+from toolkit.rounds.checkpoints import CheckpointStore
+from toolkit.training.contract import ParticipantTrainer, StepStatistics, TrainerSetup, build_trainer
+from toolkit.training.world import assert_world, training_arguments
+
+Status = Literal["active", "stopped", "failed"]
+"""Trains; has stopped early and keeps what it has; has failed and takes no part any more."""
+
+
+@dataclass
+class Standing:
+    """How far a participant has come, as JSON values: a part of every commit of the loop.
+
+    Attributes:
+        status: see :data:`Status`.
+        num_merges: merges that it has taken over.
+        epoch_loss_sum, epoch_steps: of the epoch that it is in.
+        metrics: of its last evaluation on its own held-out rows.
+        stop_reason: why it stopped early.
+        early_stopping: state of its :class:`~toolkit.rounds.schedule.early_stopping.EarlyStopping`.
+        num_failures: how often it has failed; after the last one :attr:`error` says why.
+    """
+
+    status: Status = "active"
+    num_merges: int = 0
+    epoch_loss_sum: float = 0.0
+    epoch_steps: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    stop_reason: str | None = None
+    early_stopping: dict[str, Any] = field(default_factory=dict)
+    num_failures: int = 0
+    error: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Participant:
+    """One participant of a run.
+
+    Attributes:
+        name: a locale or a client; the name of its folder in the run directory.
+        prepared: its rows.
+        trainer: paused between calls.
+        store: its checkpoints.
+        standing: what of it is neither in the trainer nor in its checkpoint.
+    """
+
+    name: str
+    prepared: Prepared
+    trainer: ParticipantTrainer
+    store: CheckpointStore
+    standing: Standing = field(default_factory=Standing)
+
+    @property
+    def is_active(self) -> bool:
+        return self.standing.status == "active"
+
+    @property
+    def has_rows_to_evaluate(self) -> bool:
+        return self.prepared.evaluation is not None
+
+    def count_step(self, step: StepStatistics) -> None:
+        self.standing.epoch_loss_sum += step.loss
+        self.standing.epoch_steps += 1
+
+    def end_epoch(self) -> float:
+        """Mean training loss of the epoch that is over; counting begins anew."""
+        standing = self.standing
+        mean = standing.epoch_loss_sum / max(standing.epoch_steps, 1)
+        standing.epoch_loss_sum, standing.epoch_steps = 0.0, 0
+        return mean
+
+
+def seed_of(name: str, seed: int) -> int:
+    """A participant's own seed, below 2^31: row order and dropout differ between participants, by name alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "little") >> 1
+
+
+class TrainerFactory:
+    """Builds the trainers of one run: on one frozen base with LoRA, each on a model of its own with full fine-tuning.
+
+    All start from the same weights: the base, new heads and new adapters are made from the run's seed.
+    """
+
+    def __init__(
+        self, config: Any, plan: LaunchPlan, tokenizer: Any, label_names: list[str] | None, processes: Any
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.label_names = label_names
+        self._plan = plan
+        self._processes = processes
+        self._is_lora = config.finetuning == "lora"
+        self._shared: Any = None
+        """The base with the adapters of all participants on it (LoRA)."""
+
+    def build(
+        self,
+        name: str,
+        prepared: Prepared,
+        staging: Path,
+        *,
+        on_step: Callable[[StepStatistics], None],
+        stop_requested: Callable[[], bool],
+        options: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
+    ) -> ParticipantTrainer:
+        """A trainer that has not started.
+
+        Args:
+            name: of the participant; decides its seed.
+            staging: folder for checkpoints that are not committed yet.
+            options: of this participant alone, in place of the run's.
+            adapter: name of its adapter on the shared base; None for the participant's name.
+        """
+        config = self.config.model_copy(update=dict(options or {}))
+        adapter = (adapter or name) if self._is_lora else None
+        setup = TrainerSetup(
+            name=name,
+            model=self._model(adapter),
+            adapter=adapter,
+            tokenizer=self.tokenizer,
+            train=prepared.train,
+            evaluation=prepared.evaluation,
+            collator=Collator(
+                self.tokenizer.pad_token_id,
+                config.task,
+                packing=config.packing,
+                flatten=config.packing and config.attn_implementation.startswith("flash"),
+            ),
+            config=config,
+            world=training_arguments(self._plan, config),
+            staging=staging,
+            on_step=on_step,
+            stop_requested=stop_requested,
+            seed=seed_of(name, config.seed),
+        )
+        trainer = build_trainer("hf", setup)
+        assert_world(self._plan, trainer.accelerator)
+        return trainer
+
+    def discard(self, trainer: ParticipantTrainer, adapter: str | None = None) -> None:
+        """Let go of a trainer and of what it holds in memory."""
+        trainer.close()
+        if self._is_lora and self._shared is not None:
+            self._shared.delete_adapter(adapter or trainer.name)
+        gc.collect()  # a trainer and its callbacks refer to each other
+
+    def _model(self, adapter: str | None) -> Any:
+        transformers.set_seed(self.config.seed)
+        if adapter is None:
+            return self._load_base()
+        if self._shared is None:
+            self._shared = self._load_base()
+            transformers.set_seed(self.config.seed)
+        self._shared = add_adapter(self._shared, self.config, name=adapter)
+        return self._shared
+
+    def _load_base(self) -> Any:
+        return load_base(
+            self.config,
+            self._plan,
+            label_names=self.label_names,
+            pad_token_id=self.tokenizer.pad_token_id,
+            local_rank=self._processes.local_process_index,
+        )
