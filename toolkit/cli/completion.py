@@ -90,7 +90,11 @@ def _add_recipe(recipe: argparse.ArgumentParser, config_class: type[Options]) ->
 
 def _add_options(command: argparse.ArgumentParser, config_class: type[Options]) -> None:
     for option in options_of(config_class).values():
-        _add_option(command, option)
+        if option.name not in config_class.unavailable:
+            _add_option(command, option)
+    for name, synonym in config_class.synonyms.items():
+        flag = "--" + name.replace("_", "-")
+        command.add_argument(flag, action="store_true" if synonym.adds else "store")
 
 
 def _add_option(recipe: argparse.ArgumentParser, option: Option) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from toolkit.config.names import did_you_mean, nearest, plain
+from toolkit.config.options import Synonym
 from toolkit.config.renamed import renamed
 from toolkit.config.schema import Option
 
@@ -64,25 +65,32 @@ class Arguments:
     Attributes:
         values: text of each value, by option; a list or mapping may have several. A switch has one bool.
         flags: the flag as it was typed, by option.
+        additions: what switches add to lists, by option: the word and the flag.
         misspelt: the options that unknown flags probably meant.
     """
 
     request: Request
     values: dict[str, list[str | bool]] = field(default_factory=dict)
     flags: dict[str, str] = field(default_factory=dict)
+    additions: dict[str, dict[str, str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     misspelt: set[str] = field(default_factory=set)
 
 
-def split_arguments(argv: list[str], options: Mapping[str, Option]) -> Arguments:
-    """Split ``argv`` by the options of a recipe. Problems are collected, never raised."""
-    return _Splitter(argv, options).split()
+def split_arguments(
+    argv: list[str], options: Mapping[str, Option], synonyms: Mapping[str, Synonym] | None = None
+) -> Arguments:
+    """Split ``argv`` by the options of a recipe, which may have further names. Problems are collected, never raised."""
+    return _Splitter(argv, options, synonyms or {}).split()
 
 
 class _Splitter:
-    def __init__(self, argv: list[str], options: Mapping[str, Option]) -> None:
+    def __init__(
+        self, argv: list[str], options: Mapping[str, Option], synonyms: Mapping[str, Synonym]
+    ) -> None:
         self.rest = list(reversed(argv))
         self.options = options
+        self.synonyms = synonyms
         self.out = Arguments(Request())
         self.request: dict[str, str | bool] = {}
 
@@ -102,7 +110,11 @@ class _Splitter:
 
     def _flag(self, flag: str, value: str | None) -> None:
         name = flag[2:].replace("-", "_")
-        option = self.options.get(name)
+        switch = self.synonyms.get(name.removeprefix("no_"))
+        if switch is not None and switch.adds:
+            self._adding_switch(flag, switch, value)
+            return
+        option = self.options.get(self.synonyms[name].option if name in self.synonyms else name)
         if option is None and name in REQUEST_NAMES:
             self._request_flag(flag, name, value)
             return
@@ -132,6 +144,14 @@ class _Splitter:
             return
         self.out.values.setdefault(option.name, []).append(value)
         self.out.flags.setdefault(option.name, flag)
+
+    def _adding_switch(self, flag: str, synonym: Synonym, value: str | None) -> None:
+        """--enable-wandb, --no-enable-wandb, --enable-wandb true."""
+        is_on = self._switch_value(flag, value)
+        if isinstance(is_on, str):
+            self.out.problems.append(f"{flag}: '{is_on}' is not true or false")
+        elif is_on and not flag.startswith("--no-"):
+            self.out.additions.setdefault(synonym.option, {})[synonym.adds] = flag
 
     def _switch_value(self, flag: str, value: str | None) -> str | bool:
         if value is None:
@@ -181,6 +201,7 @@ class _Splitter:
             self.out.misspelt.update(hint.options)
             return
         valid = {o.flag[2:] for o in self.options.values()} | {n.replace("_", "-") for n in REQUEST_NAMES}
+        valid |= {name.replace("_", "-") for name in self.synonyms}
         valid |= {f"no-{o.flag[2:]}" for o in self.options.values() if o.kind == "switch"}
         self.out.problems.append(f"{flag}: unknown option{did_you_mean(name, valid, prefix='--')}")
         match = nearest(name, valid)

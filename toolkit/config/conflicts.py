@@ -37,6 +37,12 @@ def _value(config: BaseModel, name: str) -> Any:
     return getattr(config, name, None)
 
 
+def _unavailable(config: BaseModel) -> Iterator[Conflict]:
+    for name, reason in getattr(config, "unavailable", {}).items():
+        if _given(config, name):
+            yield Conflict((name,), (name,), reason)
+
+
 def _quantization(config: BaseModel) -> Iterator[Conflict]:
     four, eight = _value(config, "load_in_4bit"), _value(config, "load_in_8bit")
     if four and eight:
@@ -142,6 +148,7 @@ def _trainer(config: BaseModel) -> Iterator[Conflict]:
 
 
 RULES: list[Callable[[BaseModel], Iterator[Conflict]]] = [
+    _unavailable,
     _quantization,
     _adapter,
     _data,

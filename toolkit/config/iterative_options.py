@@ -219,6 +219,13 @@ class ComparisonOptions(Options):
     """Samples of the bootstrap behind the intervals of the comparison."""
 
 
+class HalfPrecisionOptions(Options):
+    """Launch"""
+
+    fp16: bool = False
+    """Compute in fp16 on a GPU, as --mixed-precision fp16. A CPU computes in float32, and the launch plan says so."""
+
+
 class IterativeOptions(
     ParticipantOptions,
     MergeOptions,

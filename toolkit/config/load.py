@@ -14,7 +14,7 @@ from toolkit.config.options import Options
 from toolkit.config.renamed import renamed
 from toolkit.config.schema import Option, options_of
 from toolkit.config.shipped import shipped_file
-from toolkit.config.values import from_file, from_flags, plain_words
+from toolkit.config.values import from_file, from_flags, plain_words, shown
 from toolkit.config.yaml_file import Entry, read_file
 from toolkit.errors import ConfigError
 
@@ -45,6 +45,7 @@ class _Values:
     provenance: dict[str, str] = field(default_factory=dict)
     places: dict[tuple[str, ...], str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    additions: dict[str, dict[str, str]] = field(default_factory=dict)  # by option: word to its place
     settled: set[str] = field(
         default_factory=set
     )  # options with a problem already, or that a misspelt name meant
@@ -75,14 +76,18 @@ def load(
         ConfigError: with every problem that was found.
     """
     options = options_of(config_class)
-    arguments = split_arguments(argv, options)
+    arguments = split_arguments(argv, options, config_class.synonyms)
     values = _Values(problems=list(arguments.problems), settled=set(arguments.misspelt))
     config_file, entries = _read(arguments, options, default_file, values)
     file_name = str(config_file) if arguments.request.config_file == str(config_file) else _short(config_file)
     for entry in entries:
-        _take_entry(entry, file_name, options, values)
+        _take_entry(entry, f"{file_name}:{entry.line}", config_class, options, values)
     for name, given in arguments.values.items():
         _take_flag(options[name], given, arguments.flags[name], values)
+    for name, flags in arguments.additions.items():
+        values.additions.setdefault(name, {}).update({word: f"flag {flag}" for word, flag in flags.items()})
+    for name, additions in values.additions.items():
+        _add_to_list(options[name], additions, values)
     config = _validate(config_class, options, values)
     if config is None or values.problems:
         raise ConfigError(values.problems, hint=_hint(config_class, values, config_file))
@@ -145,9 +150,21 @@ def _config_file(
     return default_file if given <= {"output_dir"} else None
 
 
-def _take_entry(entry: Entry, file_name: str, options: Mapping[str, Option], values: _Values) -> None:
-    place = f"{file_name}:{entry.line}"
-    option = options.get(entry.name)
+def _take_entry(
+    entry: Entry,
+    place: str,
+    config_class: type[Options],
+    options: Mapping[str, Option],
+    values: _Values,
+) -> None:
+    synonym = config_class.synonyms.get(entry.name)
+    if synonym is not None and synonym.adds:
+        if entry.value is True:
+            values.additions.setdefault(synonym.option, {})[synonym.adds] = place
+        elif entry.value is not False:
+            values.problems.append(f"{place}: {entry.name}: {shown(entry.value)} is not true or false")
+        return
+    option = options.get(synonym.option if synonym is not None else entry.name)
     if option is None:
         values.problems.append(
             f"{place}: unknown option '{entry.name}'{_instead(entry.name, options, values)}"
@@ -162,7 +179,17 @@ def _take_entry(entry: Entry, file_name: str, options: Mapping[str, Option], val
     values.provenance[option.name] = place
     values.places[(option.name,)] = place
     for path, line in entry.lines.items():
-        values.places[(option.name, *path)] = f"{file_name}:{line}"
+        values.places[(option.name, *path)] = f"{place.rpartition(':')[0]}:{line}"
+
+
+def _add_to_list(option: Option, additions: Mapping[str, str], values: _Values) -> None:
+    """Put what switches add behind the list that is given, or behind the default."""
+    given = values.raw.get(option.name, option.default)
+    if option.name in values.settled or not isinstance(given, list):
+        return
+    values.raw[option.name] = [*given, *(word for word in additions if word not in given)]
+    before = values.provenance.get(option.name, "default")
+    values.provenance[option.name] = ", ".join([before, *additions.values()])
 
 
 def _instead(name: str, options: Mapping[str, Option], values: _Values) -> str:

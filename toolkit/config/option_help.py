@@ -4,7 +4,7 @@ import textwrap
 from typing import Any
 
 from toolkit.config.command_line import REQUEST_HELP
-from toolkit.config.options import Options
+from toolkit.config.options import Options, Synonym
 from toolkit.config.schema import Option, options_of
 from toolkit.config.shipped import shipped_file
 from toolkit.terminal import BOLD, DIM, styled, usage_lines, width
@@ -16,9 +16,11 @@ def recipe_help(recipe: str, config_class: type[Options]) -> str:
     lines += textwrap.wrap(" ".join((config_class.__doc__ or "").split()), width())
     file = shipped_file(recipe)
     if file is not None:
+        required = [o.flag for o in options_of(config_class).values() if o.is_required]
+        deciding = ["--config", *(flag for flag in required if flag != "--output-dir")]
         text = (
-            f"Without --config, --model and --data the values come from {file.name}, the file that comes "
-            f"with the recipe; --config {recipe} takes them with other flags too."
+            f"Without {', '.join(deciding[:-1])} and {deciding[-1]} the values come from {file.name}, the file that "
+            f"comes with the recipe; --config {recipe} takes them with other flags too."
         )
         lines += ["", *textwrap.wrap(text, width())]
     lines += _options_lines(config_class)
@@ -37,12 +39,25 @@ def options_help(usage: str, config_class: type[Options]) -> str:
 def _options_lines(config_class: type[Options], *, own_title: str = "Recipe") -> list[str]:
     lines: list[str] = []
     group = None
-    for option in options_of(config_class).values():
+    options = options_of(config_class)
+    for option in options.values():
+        if option.name in config_class.unavailable:
+            continue
         if option.group != group:
             group = option.group
             lines += ["", styled(f"{own_title if group == 'Recipe' else group}:", BOLD)]
         lines += _option_lines(_signature(option), _description(option))
+        for name, synonym in config_class.synonyms.items():
+            if synonym.option == option.name:
+                lines += _option_lines(*_synonym(name, synonym, option))
     return lines
+
+
+def _synonym(name: str, synonym: Synonym, option: Option) -> tuple[str, str]:
+    flag = "--" + name.replace("_", "-")
+    if synonym.adds:
+        return flag, f"Adds {synonym.adds} to {option.flag}."
+    return f"{flag} {option.metavar}", f"The same as {option.flag}."
 
 
 def _signature(option: Option) -> str:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
-from toolkit.config.iterative_options import IterativeOptions
+from toolkit.config.iterative_options import HalfPrecisionOptions, IterativeOptions
 from toolkit.config.options import (
     AdapterOptions,
     DataOptions,
@@ -36,6 +36,7 @@ class IterativeConfig(
     DataOptions,
     TrainingOptions,
     LaunchOptions,
+    HalfPrecisionOptions,
     RunOptions,
 ):
     """Train many locales at once, and merge them while they train."""
@@ -82,9 +83,6 @@ class IterativeConfig(
 
     logging_steps: int = Field(10, ge=1)
     """Steps between two records in training_history.json."""
-
-    fp16: bool = False
-    """Compute in fp16 on a GPU, as --mixed-precision fp16. A CPU computes in float32, and the launch plan says so."""
 
     output_dir: Path = Path("iterative_results")
     """Run directory. Everything that the run writes lies in it."""

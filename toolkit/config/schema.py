@@ -57,18 +57,21 @@ class Option:
 
 
 def options_of(config_class: type[Options]) -> dict[str, Option]:
-    """Return the options of a recipe by name, in the order of its option groups."""
+    """Return the options of a recipe by name, in the order of its option groups.
+
+    An option that a recipe declares again, for another default or help text, stays in its group.
+    """
     options: dict[str, Option] = {}
-    for group in config_class.__mro__:
-        if not issubclass(group, Options) or group is Options:
-            continue
+    groups = [group for group in config_class.__mro__ if issubclass(group, Options) and group is not Options]
+    for place, group in enumerate(groups):
         title = (
             "Recipe"
             if group is config_class
             else (group.__doc__ or group.__name__).splitlines()[0].rstrip(".")
         )
         for name in group.__annotations__:
-            if name in config_class.model_fields and name not in options:
+            is_declared_below = any(name in below.__annotations__ for below in groups[place + 1 :])
+            if name in config_class.model_fields and not is_declared_below:
                 options[name] = _option(name, title, config_class.model_fields[name])
     return options
 
