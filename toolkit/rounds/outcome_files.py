@@ -1,0 +1,45 @@
+"""What each model of the comparison did on each held-out row: ``<run>/comparison/<arm>/<model>/<rows of>.npz``."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from toolkit.durable import write_bytes
+from toolkit.evaluation.outcomes import RowOutcomes
+
+BASE = "base"
+OWN_TRAINING = "own_training"
+LAST_MERGE = "last_merge"
+ITERATIVE = "iterative"
+
+
+class OutcomeFiles:
+    """Row outcomes on disk: small, so that a comparison needs no model again.
+
+    Args:
+        folder: of the comparison, in the run directory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def write(self, arm: str, model: str, outcomes: RowOutcomes, *, rows_of: str | None = None) -> None:
+        """Replace the outcomes of the model of ``model`` in ``arm`` on the held-out rows of ``rows_of`` (its own)."""
+        arrays = {"loss": outcomes.loss, "weight": outcomes.weight}
+        if outcomes.expected is not None and outcomes.predicted is not None:
+            arrays |= {"expected": outcomes.expected, "predicted": outcomes.predicted}
+        content = io.BytesIO()
+        np.savez_compressed(content, **arrays)
+        write_bytes(self._path(arm, model, rows_of), content.getvalue())
+
+    def read(self, arm: str, model: str, *, rows_of: str | None = None) -> RowOutcomes | None:
+        """None where nothing was written."""
+        path = self._path(arm, model, rows_of)
+        if not path.is_file():
+            return None
+        with np.load(path, allow_pickle=False) as arrays:
+            return RowOutcomes(**{name: arrays[name] for name in arrays.files})
+
+    def _path(self, arm: str, model: str, rows_of: str | None) -> Path:
+        return self._folder / arm / model / f"{rows_of or model}.npz"
