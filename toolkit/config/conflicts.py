@@ -23,76 +23,87 @@ class Conflict:
     message: str
 
 
+Rule = Callable[[BaseModel], Iterator[Conflict]]
+
+
 def conflicts(config: BaseModel) -> list[Conflict]:
     """Return everything that is wrong between the options of a configuration, whatever groups it has."""
-    return [conflict for rule in RULES for conflict in rule(config)]
+    return [conflict for each in RULES for conflict in each(config)]
 
 
-def _given(config: BaseModel, name: str) -> bool:
+def rule(function: Rule) -> Rule:
+    """Register a rule of a part of the house that configurations know nothing of; it sees every recipe's."""
+    RULES.append(function)
+    return function
+
+
+def given(config: BaseModel, name: str) -> bool:
+    """Whether an option differs from its default."""
     field = type(config).model_fields.get(name)
     return field is not None and getattr(config, name) != field.get_default(call_default_factory=True)
 
 
-def _value(config: BaseModel, name: str) -> Any:
+def value_of(config: BaseModel, name: str) -> Any:
+    """The value of an option; None where the recipe does not have it."""
     return getattr(config, name, None)
 
 
 def _unavailable(config: BaseModel) -> Iterator[Conflict]:
     for name, reason in getattr(config, "unavailable", {}).items():
-        if _given(config, name):
+        if given(config, name):
             yield Conflict((name,), (name,), reason)
 
 
 def _quantization(config: BaseModel) -> Iterator[Conflict]:
-    four, eight = _value(config, "load_in_4bit"), _value(config, "load_in_8bit")
+    four, eight = value_of(config, "load_in_4bit"), value_of(config, "load_in_8bit")
     if four and eight:
         both = ("load_in_8bit", "load_in_4bit")
         yield Conflict(both[:1], both, "excludes load_in_4bit; the base is held in 4 bits or in 8")
-    if _value(config, "finetuning") == "full":
+    if value_of(config, "finetuning") == "full":
         for name in ("load_in_4bit", "load_in_8bit"):
-            if _value(config, name):
+            if value_of(config, name):
                 message = "needs finetuning: lora; quantized weights cannot be trained"
                 yield Conflict((name,), (name, "finetuning"), message)
     if not four:
         for name in ("nested_quant", "quant_type"):
-            if _given(config, name):
+            if given(config, name):
                 yield Conflict((name,), (name, "load_in_4bit"), "does nothing without load_in_4bit")
 
 
 def _adapter(config: BaseModel) -> Iterator[Conflict]:
-    if _value(config, "finetuning") != "full":
+    if value_of(config, "finetuning") != "full":
         return
     for name in type(config).model_fields:
-        if (name.startswith("lora_") or name in ("use_dora", "use_rslora")) and _given(config, name):
+        if (name.startswith("lora_") or name in ("use_dora", "use_rslora")) and given(config, name):
             yield Conflict(
                 (name,), (name, "finetuning"), "does nothing with finetuning: full, which has no adapter"
             )
-    if _value(config, "merge_final"):
+    if value_of(config, "merge_final"):
         message = "does nothing with finetuning: full; final_model/ is the whole model"
         yield Conflict(("merge_final",), ("merge_final", "finetuning"), message)
 
 
 def _data(config: BaseModel) -> Iterator[Conflict]:
-    if _value(config, "packing") and _value(config, "length_grouping"):
+    if value_of(config, "packing") and value_of(config, "length_grouping"):
         names = ("length_grouping", "packing")
         yield Conflict(names[:1], names, "does nothing with packing, which fills every sequence")
-    if _value(config, "eval_data") is not None and _given(config, "eval_fraction"):
+    if value_of(config, "eval_data") is not None and given(config, "eval_fraction"):
         names = ("eval_fraction", "eval_data")
         yield Conflict(names[:1], names, "excludes eval_data; held-out rows come from one of the two")
 
 
 def _division(config: BaseModel) -> Iterator[Conflict]:
-    if _value(config, "clients") is not None and _given(config, "fractions"):
+    if value_of(config, "clients") is not None and given(config, "fractions"):
         names = ("fractions", "clients")
         yield Conflict(names[:1], names, "excludes clients; each client gets the same share")
-    if _value(config, "clients") is None and _given(config, "valid_fraction"):
+    if value_of(config, "clients") is None and given(config, "valid_fraction"):
         names = ("valid_fraction", "clients")
         message = "does nothing without clients; the share of valid.json is the second of fractions"
         yield Conflict(names[:1], names, message)
 
 
 def _classification(config: BaseModel) -> Iterator[Conflict]:
-    if _value(config, "task") != "sequence-classification":
+    if value_of(config, "task") != "sequence-classification":
         return
     reasons = {
         "packing": "is for language models; a classifier reads one text at a time",
@@ -101,18 +112,18 @@ def _classification(config: BaseModel) -> Iterator[Conflict]:
         "chat_template": "is for language models; a classifier reads plain text",
     }
     for name, reason in reasons.items():
-        if _given(config, name):
+        if given(config, name):
             yield Conflict((name,), (name, "task"), reason)
 
 
 def _samples(config: BaseModel) -> Iterator[Conflict]:
-    if _given(config, "sample_system_prompt") and not _value(config, "sample_prompts"):
+    if given(config, "sample_system_prompt") and not value_of(config, "sample_prompts"):
         names = ("sample_system_prompt", "sample_prompts")
         yield Conflict(names[:1], names, "does nothing without sample_prompts")
 
 
 def _launch(config: BaseModel) -> Iterator[Conflict]:
-    if _value(config, "cpu") and _value(config, "gpu") is not None:
+    if value_of(config, "cpu") and value_of(config, "gpu") is not None:
         yield Conflict(("gpu",), ("gpu", "cpu"), "excludes cpu")
 
 
@@ -120,34 +131,34 @@ def _trainer(config: BaseModel) -> Iterator[Conflict]:
     # Imported here: only a run that passes arguments through pays for looking into the installed packages.
     from toolkit.config import trainer_fields
 
-    task = _value(config, "task") or "causal-lm"
-    for name, message in trainer_fields.trainer_args_problems(_value(config, "trainer_args") or {}, task):
+    task = value_of(config, "task") or "causal-lm"
+    for name, message in trainer_fields.trainer_args_problems(value_of(config, "trainer_args") or {}, task):
         yield Conflict(("trainer_args", name), ("trainer_args", "task"), message)
     named = {
         "lr_scheduler": ("transformers.trainer_utils", "SchedulerType"),
         "optim": ("transformers.training_args", "OptimizerNames"),
     }
     for option, (module, class_name) in named.items():
-        if not _given(config, option):
+        if not given(config, option):
             continue
         try:
             values = trainer_fields.enum_values(module, class_name)
         except LookupError:  # another version keeps them elsewhere; the trainer will say
             continue
-        if _value(config, option) in trainer_fields.SCHEDULES_BY_METRIC:
+        if value_of(config, option) in trainer_fields.SCHEDULES_BY_METRIC:
             message = (
-                f"'{_value(config, option)}' follows evaluations inside the Trainer, and meldkit evaluates between "
+                f"'{value_of(config, option)}' follows evaluations inside the Trainer, and meldkit evaluates between "
                 "its steps; take a schedule of the step, such as cosine"
             )
             yield Conflict((option,), (option,), message)
-        elif _value(config, option) not in values:
+        elif value_of(config, option) not in values:
             offered = sorted(set(values) - trainer_fields.SCHEDULES_BY_METRIC)
-            suggestion = did_you_mean(str(_value(config, option)), offered)
-            message = f"'{_value(config, option)}' is not one of {', '.join(offered)}{suggestion}"
+            suggestion = did_you_mean(str(value_of(config, option)), offered)
+            message = f"'{value_of(config, option)}' is not one of {', '.join(offered)}{suggestion}"
             yield Conflict((option,), (option,), message)
 
 
-RULES: list[Callable[[BaseModel], Iterator[Conflict]]] = [
+RULES: list[Rule] = [
     _unavailable,
     _quantization,
     _adapter,

@@ -14,9 +14,6 @@ from toolkit.config.options import Options
 LOCALE = re.compile(r"[a-z]{2,3}([-_][A-Z][a-z]{3})?([-_]([A-Z]{2}|\d{3}))?")
 LOCALE_PARTS = {2: str.upper, 4: str.title}
 
-FISHER_FROM_DATA = ("fisher_dataset", "fisher")
-FISHER_ALGORITHMS = (*FISHER_FROM_DATA, "fisher_simple", "from_optimizer")
-
 
 def _locale(text: str) -> str:
     # Locales name folders of the run directory, so nothing else may pass.
@@ -60,7 +57,9 @@ NumRows = Annotated[int, Field(ge=1)]
 class ParticipantOptions(Options):
     """Locales"""
 
-    locales: Annotated[Locales, AfterValidator(_at_least_one)]
+    locales: Annotated[Locales, AfterValidator(_at_least_one)] = Field(
+        json_schema_extra={"placeholder": ["en"]}
+    )
     """Locales that are trained, each with its own data and optimizer: en-US,fr-FR,de-DE."""
 
     target_languages: Locales = Field(default_factory=list)
@@ -118,12 +117,15 @@ class WeightOptions(Options):
         "syntax_knn",
         "syntax_average",
         "phonology_knn",
+        "phonology_average",
         "inventory_knn",
+        "inventory_average",
+        "featural",
         "genetic",
         "geographic",
-        "featural",
     ] = "syntax_knn"
-    """What languages are compared by: a feature set of lang2vec, or a distance of URIEL."""
+    """What languages are compared by: features of URIEL, shared families, or the distance between two places. *_average
+    has holes, and a language that lacks too much is an error."""
 
     similarity_measure: Literal["cosine", "shifted"] = "cosine"
     """cosine: of the two vectors. shifted: (cosine + 1) / 2."""
@@ -193,7 +195,8 @@ class RobustnessOptions(Options):
     """Merged models that are kept in merged_models/, newest first."""
 
     enable_auto_recovery: bool = False
-    """Go on without a merge that has failed, from the weights before it. Without this a failed merge ends the run."""
+    """Go on without a merge that has failed, and take a locale that fails back to its last checkpoint, once. Without
+    this a failed merge ends the run, and a locale that fails is left behind."""
 
     max_merge_attempts: int = Field(3, ge=1)
     """Attempts at each merge."""

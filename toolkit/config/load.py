@@ -19,7 +19,6 @@ from toolkit.config.yaml_file import Entry, read_file
 from toolkit.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT", bound=Options)
-PLACEHOLDER = "?"
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,7 @@ def _validate(config_class: type[ConfigT], options: Mapping[str, Option], values
         rest = {name: value for name, value in usable.items() if name not in failed}
         for name in failed:
             if options[name].is_required:
-                rest[name] = PLACEHOLDER
+                rest[name] = options[name].placeholder
         try:
             config_class.model_validate(rest)
         except ValidationError as error:

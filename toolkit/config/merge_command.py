@@ -161,6 +161,10 @@ class RunningOptions(Options):
     hash_inputs: bool = True
     """SHA-256 of every input file, for merge_report.json."""
 
+    remember_hashes: bool = True
+    """Keep these in meldkit's cache, so that a later merge does not hash files again that have not changed since. The
+    report says which were remembered; --verify computes all."""
+
     quiet: bool = False
     """Print errors only; also -q."""
 

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field
 
 from toolkit.config.iterative_options import HalfPrecisionOptions, IterativeOptions
+from toolkit.config.iterative_rules import LOCALE_PLACEHOLDER
 from toolkit.config.options import (
     AdapterOptions,
     DataOptions,
@@ -18,8 +19,6 @@ from toolkit.config.options import (
     Synonym,
     TrainingOptions,
 )
-
-LOCALE_PLACEHOLDER = "{locale}"
 
 
 class CentralizedConfig(

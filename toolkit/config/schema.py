@@ -34,6 +34,8 @@ class Option:
         splits_commas: a list may be given as ``a,b``.
         elements_are_text: the values of a list or mapping are text, and numbers in a file are taken as
             written.
+        placeholder: a valid value, in the place of a required one that is wrong while rules between the others are
+            checked.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Option:
     default: Any
     splits_commas: bool
     elements_are_text: bool
+    placeholder: Any = "?"
 
     @property
     def flag(self) -> str:
@@ -93,6 +96,7 @@ def _option(name: str, group: str, field: FieldInfo) -> Option:
         default=default,
         splits_commas=bool(extra.get("splits_commas", True)),
         elements_are_text=elements_are_text,
+        placeholder=extra.get("placeholder", "?"),
     )
 
 
