@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import transformers
 from accelerate.utils import broadcast_object_list
 
@@ -23,38 +22,20 @@ from toolkit.reporting.records import CheckpointRecord, RunStart, SampleRecord
 from toolkit.rounds.boundaries import Boundaries
 from toolkit.rounds.checkpoints import CheckpointStore
 from toolkit.rounds.final_model import write_final_model
-from toolkit.rounds.run import Run
+from toolkit.rounds.run import Run, run_in_directory
 from toolkit.rounds.run_directory import RunDirectory
 from toolkit.rounds.summary import configuration_rows, result_rows
 from toolkit.training.arguments import build_arguments
 from toolkit.training.contract import ParticipantTrainer, StepStatistics, TrainerSetup, build_trainer
-from toolkit.training.world import assert_world, close_world, prepare_world, training_arguments
+from toolkit.training.world import assert_world, training_arguments
 
 PARTICIPANT = "model"
 RECIPE = "centralized-hf"
 
 
 def run(config: Any, plan: LaunchPlan) -> int:
-    """Train one model on all the data; returns the exit status.
-
-    Raises:
-        MeldkitError: of the kinds in ``toolkit.errors``; the run directory then says how far it came.
-    """
-    prepare_world(plan)
-    processes = accelerate.PartialState()
-    directory = RunDirectory(
-        Path(config.output_dir),
-        config.model_dump(mode="json"),
-        recipe=RECIPE,
-        resume=config.resume,
-        is_main_process=processes.is_main_process,
-    )
-    try:
-        status = CentralizedRun(config, plan, directory, processes).run()
-        close_world()  # not after an error: other processes may still be in a collective
-        return status
-    finally:
-        directory.close()
+    """Train one model on all the data; returns the exit status."""
+    return run_in_directory(CentralizedRun, RECIPE, config, plan)
 
 
 class CentralizedRun(Run):
@@ -72,10 +53,10 @@ class CentralizedRun(Run):
         self.trainer: Any = None
         self.num_held_out = 0
 
-    def run(self) -> int:
+    def run(self) -> None:
         if self.directory.is_finished:
             self.say_nothing_left()
-            return 0
+            return
         if self.config.merge_final and self.plan.zero_stage == 3:
             raise LaunchError(
                 "--merge-final needs the whole model in one process, which ZeRO-3 does not have",
@@ -98,7 +79,6 @@ class CentralizedRun(Run):
             except BaseException as error:
                 self.end_by(error)
                 raise
-        return 0
 
     # Preparation
 
@@ -131,7 +111,9 @@ class CentralizedRun(Run):
         config = self.config
         world = training_arguments(self.plan, config)
         # Under ZeRO-3 the model is sharded while it is loaded, if these arguments exist by then.
-        sharding = build_arguments(config, world, self.store.staging) if self.plan.zero_stage == 3 else None
+        sharding = None
+        if self.plan.zero_stage == 3:
+            sharding = build_arguments(config, world, self.store.staging, seed=config.seed)
         transformers.set_seed(config.seed)
         model = load_base(
             config,
@@ -158,6 +140,7 @@ class CentralizedRun(Run):
                 flatten=config.packing and config.attn_implementation.startswith("flash"),
             ),
             config=config,
+            seed=config.seed,
             world=world,
             staging=self.store.staging,
             on_step=self._on_step,

@@ -172,9 +172,7 @@ class RoundLoop:
             if participant.standing.status == "failed":
                 checkpoints[name] = before[0]["checkpoints"][name] if before else None
                 continue
-            folder = participant.store.commit(
-                participant.trainer, merges=participant.standing.num_merges
-            )
+            folder = participant.store.commit(participant.trainer, merges=participant.standing.num_merges)
             checkpoints[name] = folder.name
         content = {
             "loop": self.name,
@@ -192,9 +190,7 @@ class RoundLoop:
             if name is not None and participant.standing.status != "failed":
                 path = str(participant.store.folder / name)
                 step = participant.trainer.step
-                self.run.listener.handle(
-                    CheckpointRecord(participant=participant.name, step=step, path=path)
-                )
+                self.run.listener.handle(CheckpointRecord(participant=participant.name, step=step, path=path))
 
     # Training
 
@@ -213,7 +209,9 @@ class RoundLoop:
                 for participant in behind:
                     self._train(participant, epoch, participant.trainer.step + 1)
         if not self._active() and any(p.standing.status == "failed" for p in self.participants):
-            errors = "\n".join(f"  {p.name}: {p.standing.error}" for p in self.participants if p.standing.error)
+            errors = "\n".join(
+                f"  {p.name}: {p.standing.error}" for p in self.participants if p.standing.error
+            )
             raise RunError(f"every participant has failed:\n{errors}")
 
     def _train(self, participant: Participant, epoch: int, until: int | None) -> None:

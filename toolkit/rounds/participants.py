@@ -121,14 +121,16 @@ class TrainerFactory:
         stop_requested: Callable[[], bool],
         options: Mapping[str, Any] | None = None,
         adapter: str | None = None,
+        seed_name: str | None = None,
     ) -> ParticipantTrainer:
         """A trainer that has not started.
 
         Args:
-            name: of the participant; decides its seed.
+            name: of the participant.
             staging: folder for checkpoints that are not committed yet.
             options: of this participant alone, in place of the run's.
             adapter: name of its adapter on the shared base; None for the participant's name.
+            seed_name: the name that decides its seed; None for the participant's name.
         """
         config = self.config.model_copy(update=dict(options or {}))
         adapter = (adapter or name) if self._is_lora else None
@@ -150,7 +152,7 @@ class TrainerFactory:
             staging=staging,
             on_step=on_step,
             stop_requested=stop_requested,
-            seed=seed_of(name, config.seed),
+            seed=seed_of(seed_name or name, config.seed),
         )
         trainer = build_trainer("hf", setup)
         assert_world(self._plan, trainer.accelerator)

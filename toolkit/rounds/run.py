@@ -5,7 +5,10 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import accelerate
 
 from toolkit.errors import Interrupted, MeldkitError
 from toolkit.launch.plan import LaunchPlan
@@ -16,8 +19,37 @@ from toolkit.reporting.records import EvaluationRecord, MessageRecord, RunEnd, S
 from toolkit.rounds.run_directory import CONFIG_NAME, RunDirectory
 from toolkit.rounds.signals import StopRequest
 from toolkit.training.contract import ParticipantTrainer, StepStatistics
+from toolkit.training.world import close_world, prepare_world
 
 logger = logging.getLogger(__name__)
+
+
+def run_in_directory(
+    kind: "Callable[[Any, LaunchPlan, RunDirectory, Any], Run]", recipe: str, config: Any, plan: LaunchPlan
+) -> int:
+    """Enter the plan's world, lock the run directory and run; returns the exit status.
+
+    Args:
+        kind: makes the run, e.g. a subclass of :class:`Run`.
+
+    Raises:
+        MeldkitError: of the kinds in ``toolkit.errors``; the run directory then says how far it came.
+    """
+    prepare_world(plan)
+    processes = accelerate.PartialState()
+    directory = RunDirectory(
+        Path(config.output_dir),
+        config.model_dump(mode="json"),
+        recipe=recipe,
+        resume=config.resume,
+        is_main_process=processes.is_main_process,
+    )
+    try:
+        kind(config, plan, directory, processes).run()
+        close_world()  # not after an error: other processes may still be in a collective
+        return 0
+    finally:
+        directory.close()
 
 
 class Run:
@@ -45,17 +77,24 @@ class Run:
         self.step = 0
         """Of the participant that is training; said where a run ends early."""
 
+    def run(self) -> None:
+        """Do all of it; what is done already is not done again."""
+        raise NotImplementedError
+
     def listen(self, restored_steps: Mapping[str, int] | None) -> Any:
         """Build the listeners. ``restored_steps``: on a resume, participant to restored step."""
-        self.listener = listeners.build(
+        self.listener = self.build_listeners(restored_steps)
+        if self.processes.is_main_process:
+            speak_into_the_log()
+        return self.listener
+
+    def build_listeners(self, restored_steps: Mapping[str, int] | None) -> Any:
+        return listeners.build(
             self.directory.path,
             self.config,
             is_main_process=self.processes.is_main_process,
             resumed_history=restored_steps,
         )
-        if self.processes.is_main_process:
-            speak_into_the_log()
-        return self.listener
 
     def say(self, level: Any, text: str) -> None:
         self.listener.handle(MessageRecord(level=level, text=text))

@@ -1,0 +1,104 @@
+"""What iterative merging is compared with: every locale trained alone, with the same seed and steps, and no merge."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from toolkit.data.prepare import Prepared
+from toolkit.reporting.records import AlertRecord, EvaluationRecord, MessageRecord
+from toolkit.rounds.checkpoints import CheckpointStore
+from toolkit.rounds.loop import RoundLoop
+from toolkit.rounds.outcome_files import OWN_TRAINING, OutcomeFiles
+from toolkit.rounds.participants import Participant, TrainerFactory
+from toolkit.rounds.run import Run
+
+BASELINE = "baseline"
+"""The journal's event for: one locale was trained alone, and what it does on all held-out rows is written."""
+FOLDER = "baselines"
+
+
+class Baselines:
+    """Trains the locales alone, one after the other; each is resumed, and done once.
+
+    Args:
+        run: of the recipe.
+        factory: builds trainers; the adapters of the participants that merged are gone from its base.
+        rows: of every locale.
+        outcomes: receives what each model does on the held-out rows of every locale.
+    """
+
+    def __init__(
+        self, run: Run, factory: TrainerFactory, rows: Mapping[str, Prepared], outcomes: OutcomeFiles
+    ) -> None:
+        self._run = run
+        self._factory = factory
+        self._rows = rows
+        self._outcomes = outcomes
+        self._quiet = copy.copy(run)
+
+    def go(self) -> None:
+        """Train those that are left.
+
+        Raises:
+            Interrupted: a stop was asked for; everything is committed.
+        """
+        done = {record["participant"] for record in self._run.journal.records(BASELINE)}
+        left = [locale for locale in self._run.config.locales if locale not in done]
+        if left:
+            self._run.say("info", f"for the comparison: training {', '.join(left)} without merging")
+        for locale in left:
+            self._train(locale)
+
+    def _train(self, locale: str) -> None:
+        run = self._run
+        self._quiet.listener = _Progress(run.listener, locale)
+        name = f"{FOLDER}/{locale}"
+        store = CheckpointStore(
+            run.directory.path,
+            name,
+            run.journal,
+            keep=run.config.keep_checkpoints,
+            process_state=run.processes,
+        )
+        trainer = self._factory.build(
+            name,
+            self._rows[locale],
+            store.staging,
+            on_step=lambda step: None,
+            stop_requested=run.stop,
+            seed_name=locale,
+            adapter=locale,
+        )
+        participant = Participant(name, self._rows[locale], trainer, store)
+        loop = RoundLoop(self._quiet, [participant], name=name, num_epochs=run.config.num_epochs)
+        loop.start(loop.last_intact_commit())
+        try:
+            loop.go()
+            for other, rows in self._rows.items():
+                if rows.evaluation is not None:
+                    outcomes = trainer.evaluate_rows(rows.evaluation)
+                    self._outcomes.write(OWN_TRAINING, locale, outcomes, rows_of=other)
+        finally:
+            self._factory.discard(trainer, locale)
+        run.journal.append(BASELINE, participant=locale, status=participant.standing.status)
+        store.forget_behind(None)
+
+
+class _Progress:
+    """Passes on what a person wants to know of a baseline: alerts, and a line for each evaluation."""
+
+    def __init__(self, listener: Any, locale: str) -> None:
+        self._listener = listener
+        self._locale = locale
+
+    def handle(self, record: Any) -> None:
+        if isinstance(record, MessageRecord | AlertRecord):
+            self._listener.handle(record)
+        elif isinstance(record, EvaluationRecord) and record.phase != "before":
+            metric = "accuracy" if "accuracy" in record.metrics else "loss"
+            value = record.metrics[metric]
+            text = f"{self._locale} without merging, epoch {record.epoch:.3g}: held-out {metric} {value:.4f}"
+            self._listener.handle(MessageRecord(level="info", text=text))
+
+    def flush(self) -> None:
+        self._listener.flush()

@@ -1,0 +1,292 @@
+"""Iterative training and merging: locales that are trained side by side and merged while they train.
+
+In this order, each part durable before the next begins: training with merges; the final models; training of every
+locale without any merge, for the comparison; the comparison.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from toolkit.data.prepare import Prepared, prepare, shared_label_names
+from toolkit.data.tokenizer import load_tokenizer
+from toolkit.launch.plan import LaunchPlan
+from toolkit.modeling.adapters import lora_config
+from toolkit.modeling.load import load_model_config
+from toolkit.modeling.source import find_model, model_fingerprint
+from toolkit.reporting import environment
+from toolkit.reporting.records import RunStart
+from toolkit.rounds.baselines import Baselines
+from toolkit.rounds.checkpoints import CheckpointStore
+from toolkit.rounds.final_model import write_final_model
+from toolkit.rounds.loop import COMMIT, RoundLoop
+from toolkit.rounds.merge_step import MergeStep
+from toolkit.rounds.merging import MergeCoordinator, MergedModels
+from toolkit.rounds.monitor import build_listeners
+from toolkit.rounds.outcome_files import BASE, ITERATIVE, OutcomeFiles
+from toolkit.rounds.participants import Participant, TrainerFactory
+from toolkit.rounds.run import Run, run_in_directory
+from toolkit.rounds.run_directory import RunDirectory
+from toolkit.rounds.schedule import build_schedule
+from toolkit.rounds.summary import configuration_rows
+
+RECIPE = "iterative-merge"
+LOOP = "training"
+TRAINED = "trained"
+"""The journal's event for: training with merges is over, and its models are written."""
+
+
+def run(config: Any, plan: LaunchPlan) -> int:
+    """Train and merge; returns the exit status."""
+    return run_in_directory(IterativeRun, RECIPE, config, plan)
+
+
+class IterativeRun(Run):
+    """One run of the recipe."""
+
+    def __init__(self, config: Any, plan: LaunchPlan, directory: RunDirectory, processes: Any) -> None:
+        super().__init__(RECIPE, config, plan, directory, processes)
+        self.outcomes = OutcomeFiles(directory.path / "comparison")
+        self.rows: dict[str, Prepared] = {}
+        """Prepared rows of every locale, and of target languages that are none of them."""
+        self.factory: Any = None
+        self.participants: list[Participant] = []
+
+    def build_listeners(self, restored_steps: Mapping[str, int] | None) -> Any:
+        listener, _ = build_listeners(
+            self.directory.path,
+            self.config,
+            is_main_process=self.processes.is_main_process,
+            resumed_history=restored_steps,
+        )
+        return listener
+
+    def run(self) -> None:
+        if self.directory.is_finished:
+            self.say_nothing_left()
+            return
+        tokenizer = load_tokenizer(self.config)
+        label_names = self._prepare_rows(tokenizer)
+        self.directory.check_facts(self._facts())
+        self.factory = TrainerFactory(self.config, self.plan, tokenizer, label_names, self.processes)
+        is_trained = bool(self.journal.records(TRAINED))
+        loop = None if is_trained else self._build_loop()
+        commit = None if loop is None else loop.last_intact_commit()
+        here = environment.describe()
+        changed_versions = self.directory.changed_versions(here["versions"])
+        self.directory.begin(self._facts(), here | {"plan": self.plan.as_dict(), "plan_notes": list(self.plan.notes)})
+        self._take_back(commit)
+        with self.listen(self._restored(loop, commit)):
+            for change in changed_versions:
+                self.say("warning", f"{change} since the run was started: its bits may not be the same")
+            try:
+                with self.stop:
+                    self._go(loop, commit, tokenizer)
+            except BaseException as error:
+                self.end_by(error)
+                raise
+            finally:
+                for participant in self.participants:
+                    participant.trainer.close()
+
+    def _go(self, loop: RoundLoop | None, commit: dict[str, Any] | None, tokenizer: Any) -> None:
+        began = time.monotonic()
+        if loop is not None:
+            loop.start(commit)
+            self.listener.handle(self._run_start())
+            self._say_notes(commit)
+            loop.go(before=self._write_base_outcomes)
+            self._hand_over(tokenizer)
+        if self.config.baselines:
+            Baselines(self, self.factory, self.rows, self.outcomes).go()
+        self._compare()
+        self.journal.append("finished")
+        self.end("done", summary=self._result_rows(time.monotonic() - began), paths=self._paths())
+
+    # Preparation
+
+    def _prepare_rows(self, tokenizer: Any) -> list[str] | None:
+        """Read the rows of all locales; returns the classes of the one classifier."""
+        config = self.config
+        load_model_config(config)
+        locales = dict.fromkeys([*config.locales, *(config.targets if config.merge_scope == "target" else ())])
+        own = {locale: config.for_locale(locale) for locale in locales}
+        label_names = None
+        if config.task == "sequence-classification":
+            label_names = shared_label_names([own[locale] for locale in config.locales])
+        with self.processes.main_process_first():
+            for locale, options in own.items():
+                self.rows[locale] = prepare(
+                    options, tokenizer, config.task, seed=config.seed, label_names=label_names
+                )
+        return label_names
+
+    def _facts(self) -> dict[str, Any]:
+        """What the run stands on."""
+        config = self.config
+        commit = getattr(load_model_config(config), "_commit_hash", None)
+        return {
+            "data_fingerprint": {locale: rows.fingerprint for locale, rows in self.rows.items()},
+            "model_fingerprint": model_fingerprint(find_model(config.model), config.revision, commit),
+            "num_processes": self.processes.num_processes,
+        }
+
+    def _build_loop(self) -> RoundLoop:
+        for locale in self.config.locales:
+            self.participants.append(self._participant(locale))
+        trainers = {p.name: p.trainer for p in self.participants}
+        first = self.participants[0].trainer
+        is_lora = self.config.finetuning == "lora"
+        coordinator = MergeCoordinator(
+            self.config,
+            base=first.state(),
+            adapter_config=lora_config(first.model, self.config) if is_lora else None,
+            seed=self.config.seed,
+        )
+        merged_models = MergedModels(
+            self.directory.path, self.journal, keep=self.config.retain_merge_checkpoints
+        )
+
+        def write(trainer: Any, outcome: Any, targets: tuple[str, ...]) -> Path:
+            locales = list(targets) if self.config.merge_scope == "each" else list(trainers)
+            return merged_models.write(locales, trainer.save_model, outcome)
+
+        step = MergeStep(self, self.participants, coordinator, self.rows, self.outcomes, write)
+        return RoundLoop(
+            self,
+            self.participants,
+            name=LOOP,
+            num_epochs=self.config.num_epochs,
+            schedule=build_schedule(self.config),
+            merge=step,
+            rebuild=self._rebuild,
+        )
+
+    def _participant(self, locale: str) -> Participant:
+        store = CheckpointStore(
+            self.directory.path,
+            locale,
+            self.journal,
+            keep=self.config.keep_checkpoints,
+            process_state=self.processes,
+        )
+        participant = Participant(locale, self.rows[locale], None, store)  # pyright: ignore[reportArgumentType] - its trainer needs it for on_step
+        self._build_trainer(participant)
+        return participant
+
+    def _build_trainer(self, participant: Participant) -> None:
+        def on_step(step: Any) -> None:
+            participant.count_step(step)
+            self.record_step(participant.name, step, participant.trainer.num_steps)
+
+        participant.trainer = self.factory.build(
+            participant.name,
+            participant.prepared,
+            participant.store.staging,
+            on_step=on_step,
+            stop_requested=self.stop,
+        )
+
+    def _rebuild(self, participant: Participant) -> None:
+        self.factory.discard(participant.trainer)
+        self._build_trainer(participant)
+
+    # Resuming
+
+    def _take_back(self, commit: dict[str, Any] | None) -> None:
+        """Take back what the journal holds after the last commit, of whichever part of the run."""
+        durable = [r["number"] for r in self.journal.records() if r["event"] in (TRAINED, COMMIT, "baseline")]
+        if commit is not None:
+            durable = [commit["number"]]
+        self.journal.rewind(durable[-1] if durable else 0)
+
+    def _restored(self, loop: RoundLoop | None, commit: dict[str, Any] | None) -> dict[str, int] | None:
+        if not self.config.resume:
+            return None
+        if loop is None:
+            commit = [r for r in self.journal.records(COMMIT) if r["loop"] == LOOP][-1]
+            return dict(commit["steps"])
+        return loop.steps_of(commit)
+
+    # Around the loop
+
+    def _run_start(self) -> RunStart:
+        first = self.participants[0]
+        steps = [p.trainer.num_steps for p in self.participants]
+        return RunStart(
+            recipe=RECIPE,
+            title=self.config.run_name or self.directory.path.name,
+            rows=[
+                ("Locales", ", ".join(self.config.locales)),
+                *self._merge_rows(),
+                *configuration_rows(self.config, self.plan, first.prepared, first.trainer),
+            ],
+            num_steps=max(steps),
+            participants=[p.name for p in self.participants],
+            num_epochs=self.config.num_epochs,
+            data_check=first.prepared.report.as_dict(),
+        )
+
+    def _merge_rows(self) -> list[tuple[str, str]]:
+        config = self.config
+        every = f"every {config.merge_frequency} epochs" if config.merge_frequency > 1 else "every epoch"
+        if config.adaptive_merge_frequency:
+            every += f", adaptive between {config.min_merge_frequency} and {config.max_merge_frequency}"
+        scope = "a mixture for each locale"
+        if config.merge_scope == "target":
+            scope = f"one model for {', '.join(config.targets)}"
+        return [
+            ("Merge", f"{config.merge_algorithm}, {every}, {scope}"),
+            ("Weights", config.weighting),
+        ]
+
+    def _say_notes(self, commit: dict[str, Any] | None) -> None:
+        for note in self.plan.notes:
+            self.say("debug", note)
+        for locale, rows in self.rows.items():
+            for problem in rows.report.problems:
+                self.say("warning", f"data check of {locale}, skipped as asked: {problem}")
+            for warning in rows.report.warnings:
+                self.say("warning", f"data check of {locale}: {warning}")
+        if commit is not None:
+            self.say("info", f"resumed after epoch {commit['epoch']} of {self.config.num_epochs}")
+
+    def _write_base_outcomes(self, participant: Participant) -> None:
+        if participant.has_rows_to_evaluate:
+            self.outcomes.write(BASE, participant.name, participant.trainer.evaluate_rows())
+
+    def _hand_over(self, tokenizer: Any) -> None:
+        """Write what training with merges gave: row outcomes, and the model of every locale."""
+        targets = self.config.targets
+        for participant in self.participants:
+            if participant.standing.status == "failed":
+                continue
+            if participant.has_rows_to_evaluate:
+                self.outcomes.write(ITERATIVE, participant.name, participant.trainer.evaluate_rows())
+            folders = [self.directory.path / participant.name]
+            if participant.name == targets[0] or participant.name == self.config.locales[0]:
+                folders.append(self.directory.path)
+            for folder in folders:
+                write_final_model(
+                    folder,
+                    participant.trainer,
+                    tokenizer,
+                    config=self.config,
+                    plan=self.plan,
+                    recipe=RECIPE,
+                    label_names=self.factory.label_names,
+                    rows=[("Locale", participant.name)],
+                    processes=self.processes,
+                )
+        self.journal.append(TRAINED)
+
+    # The comparison
+
+    def _compare(self) -> None: ...
+
+    def _result_rows(self, seconds: float) -> list[tuple[str, str]]:
+        return [("Time of this session", f"{seconds / 60:.1f} min")]
+
+    def _paths(self) -> list[tuple[str, str]]:
+        return [("Model saved to", str(self.directory.path / "final_model"))]
