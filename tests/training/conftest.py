@@ -89,11 +89,9 @@ def make_config():
             "gradient_accumulation_steps": 2,
             "learning_rate": 1e-2,
             "gradient_checkpointing": False,
-            "lora_r": 4,
-            "lora_alpha": 8,
-            "lora_dropout": 0.1,
-            "seed": 7,
         }
+        if overrides.get("finetuning") != "full":
+            values |= {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
         return CentralizedConfig(**(values | overrides))
 
     return config
@@ -104,7 +102,9 @@ def build(tmp_path, tiny_tokenizer, make_config, make_rows):
     """Build a participant's trainer: build(name, model, adapter=..., rows=..., **config)."""
     from toolkit.training.contract import TrainerSetup, build_trainer
 
-    def make(name, model, *, adapter="default", rows=None, evaluation=None, stop=lambda: False, **overrides):
+    def make(
+        name, model, *, adapter="default", rows=None, evaluation=None, seed=7, stop=lambda: False, **overrides
+    ):
         steps: list = []
         setup = TrainerSetup(
             name=name,
@@ -115,6 +115,7 @@ def build(tmp_path, tiny_tokenizer, make_config, make_rows):
             evaluation=evaluation,
             collator=pad_collator,
             config=make_config(**overrides),
+            seed=seed,
             world={"use_cpu": True, "bf16": False},
             staging=tmp_path / f"staging-{name}",
             on_step=steps.append,

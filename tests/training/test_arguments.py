@@ -26,7 +26,7 @@ def test_what_the_trainer_refuses_is_wrong_input(tmp_path, task, options, named)
         | options
     )
     with pytest.raises(ConfigError) as caught:
-        build_arguments(config, {"use_cpu": True, "bf16": False, "fp16": False}, tmp_path)
+        build_arguments(config, {"use_cpu": True, "bf16": False, "fp16": False}, tmp_path, seed=3)
     assert caught.value.exit_status == 2
     assert named + "the installed " in str(caught.value)
 
@@ -44,13 +44,12 @@ def test_what_the_trainer_refuses_is_wrong_input(tmp_path, task, options, named)
         ("warmup_ratio", 0.25, "warmup_steps", 0.25),
         ("max_grad_norm", 0.5, "max_grad_norm", 0.5),
         ("optim", "sgd", "optim", "sgd"),
-        ("seed", 5, "data_seed", 5),
     ],
 )
 @pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
 def test_options_reach_the_arguments(tmp_path, task, option, value, argument, expected):
     config = CentralizedConfig(model="m", data="d", output_dir=tmp_path, task=task, **{option: value})
-    arguments = build_arguments(config, {"use_cpu": True, "bf16": False, "fp16": False}, tmp_path)
+    arguments = build_arguments(config, {"use_cpu": True, "bf16": False, "fp16": False}, tmp_path, seed=3)
     assert getattr(arguments, argument) == expected
 
 
@@ -59,5 +58,11 @@ def test_a_head_with_an_adapter_is_trained_by_the_whole_loss(tmp_path):
     world = {"use_cpu": True, "bf16": False, "fp16": False}
     plain = CentralizedConfig(model="m", data="d", output_dir=tmp_path)
     head = CentralizedConfig(model="m", data="d", output_dir=tmp_path, lora_target_modules=["lm_head"])
-    assert build_arguments(plain, world, tmp_path).loss_type == "chunked_nll"
-    assert build_arguments(head, world, tmp_path).loss_type == "nll"
+    assert build_arguments(plain, world, tmp_path, seed=3).loss_type == "chunked_nll"
+    assert build_arguments(head, world, tmp_path, seed=3).loss_type == "nll"
+
+
+def test_the_seed_is_that_of_the_participant(tmp_path):
+    config = CentralizedConfig(model="m", data="d", output_dir=tmp_path, seed=5)
+    arguments = build_arguments(config, {"use_cpu": True, "bf16": False, "fp16": False}, tmp_path, seed=3)
+    assert (arguments.seed, arguments.data_seed) == (3, 3)

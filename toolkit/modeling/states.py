@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 
 
 def trained_state(model: torch.nn.Module, adapter: str | None) -> dict[str, torch.Tensor]:
@@ -15,6 +15,17 @@ def trained_state(model: torch.nn.Module, adapter: str | None) -> dict[str, torc
             adapter's name, so that adapters of several participants have the same keys.
     """
     return {name: tensor.detach().clone() for name, tensor in _tensors(model, adapter).items()}
+
+
+def trained_parameters(model: torch.nn.Module, adapter: str | None) -> dict[str, torch.nn.Parameter]:
+    """The parameters behind :func:`trained_state`, by the same names; tied tensors come once for each of their names.
+
+    Buffers are not among them; frozen parameters are.
+    """
+    # Views of one storage differ in the offset or the shape, so that both together tell them apart.
+    by_place = {(p.data_ptr(), p.shape): p for p in model.parameters()}
+    found = {name: by_place.get((t.data_ptr(), t.shape)) for name, t in _tensors(model, adapter).items()}
+    return {name: parameter for name, parameter in found.items() if parameter is not None}
 
 
 def trained_in_float32(model: torch.nn.Module) -> None:
@@ -32,7 +43,8 @@ def _tensors(model: torch.nn.Module, adapter: str | None) -> dict[str, torch.Ten
     if adapter is None:
         return model.state_dict()
     assert isinstance(model, PeftModel)
-    return get_peft_model_state_dict(model, adapter_name=adapter)
+    # PEFT would add the base's embeddings where they are adapted, and ask the hub each time whether they were resized.
+    return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
 
 
 @torch.no_grad()
@@ -51,7 +63,5 @@ def load_trained_state(
     for name, tensor in own.items():
         if state[name].shape != tensor.shape:
             raise ValueError(f"{name}: shape {tuple(state[name].shape)}, the model has {tuple(tensor.shape)}")
-    if adapter is None:
-        model.load_state_dict(state)
-    else:
-        set_peft_model_state_dict(model, dict(state), adapter_name=adapter)
+    for name, tensor in own.items():
+        tensor.copy_(state[name])

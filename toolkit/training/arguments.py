@@ -13,7 +13,7 @@ from toolkit.config.trainer_fields import GOVERNED
 from toolkit.errors import ConfigError
 
 
-def build_arguments(config: Any, world: Mapping[str, Any], staging: Path) -> TrainingArguments:
+def build_arguments(config: Any, world: Mapping[str, Any], staging: Path, *, seed: int) -> TrainingArguments:
     """SFTConfig for a language model, TrainingArguments for a classifier.
 
     Logging, evaluation and checkpoints are switched off in the Trainer: the recipe's loop decides when they happen.
@@ -22,6 +22,7 @@ def build_arguments(config: Any, world: Mapping[str, Any], staging: Path) -> Tra
         config: the recipe's options.
         world: what the launch plan decides (``toolkit.training.world.training_arguments``).
         staging: folder into which the Trainer writes checkpoints that are not committed yet.
+        seed: of the participant.
 
     Raises:
         ConfigError: an option or ``trainer_args`` has a value that the installed version refuses.
@@ -41,8 +42,8 @@ def build_arguments(config: Any, world: Mapping[str, Any], staging: Path) -> Tra
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "optim": config.optim,
-        "seed": config.seed,
-        "data_seed": config.seed,
+        "seed": seed,
+        "data_seed": seed,
         "dataloader_num_workers": config.dataloader_workers,
         "logging_strategy": "steps",
         "logging_steps": 1,  # every step is counted; --logging-steps decides what is recorded

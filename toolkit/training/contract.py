@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from toolkit.errors import InputError
+from toolkit.evaluation.outcomes import RowOutcomes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,7 @@ class TrainerSetup:
         train, evaluation: prepared rows (``toolkit.data.prepare``).
         collator: makes a batch of them.
         config: the recipe's options.
+        seed: of this participant: order of its rows, dropout.
         world: arguments that the launch plan decides (``toolkit.training.world``).
         staging: folder for checkpoints that are not committed yet.
         on_step: called after every optimizer step on every process.
@@ -71,6 +73,7 @@ class TrainerSetup:
     evaluation: Any | None
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     config: Any
+    seed: int
     world: Mapping[str, Any]
     staging: Path
     on_step: Callable[[StepStatistics], None]
@@ -137,8 +140,20 @@ class ParticipantTrainer(Protocol):
         """
         ...
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics on the held-out rows, without padding or duplicates; nothing of the training changes by it."""
+    def evaluate(self, rows: Any = None) -> dict[str, float]:
+        """Metrics on prepared rows, without padding or duplicates; nothing of the training changes by it.
+
+        Args:
+            rows: None for the participant's own held-out rows; where it has none, there are no metrics.
+        """
+        ...
+
+    def evaluate_rows(self, rows: Any = None) -> RowOutcomes:
+        """What :meth:`evaluate` computes its metrics from: the outcome of every row.
+
+        Raises:
+            DataError: no ``rows``, and the participant has none of its own.
+        """
         ...
 
     def active(self) -> AbstractContextManager[None]:
@@ -161,6 +176,39 @@ class ParticipantTrainer(Protocol):
 
         Raises:
             ValueError: names or shapes differ from :meth:`state`.
+        """
+        ...
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """Copies of the optimizer's moments: slot (``exp_avg``, ``momentum_buffer``) → tensors under names of
+        :meth:`state`. Empty before the first step, and where the optimizer keeps none.
+
+        Raises:
+            RunError: under DeepSpeed.
+            ModelError: the optimizer keeps them in a form that cannot be merged, such as 8 bits.
+        """
+        ...
+
+    def load_optimizer_state(self, slots: Mapping[str, Mapping[str, Any]]) -> None:
+        """Replace the optimizer's moments in place; its counts of steps stay.
+
+        Raises:
+            ValueError: slots, names or shapes differ from :meth:`optimizer_state`.
+        """
+        ...
+
+    def reset_optimizer(self) -> None:
+        """Forget the moments and counts of steps, as before the first step; the learning rate's schedule goes on."""
+        ...
+
+    def second_moments(self) -> dict[str, Any]:
+        """Adam's second moments without their bias, v / (1 - beta_2^t), as Fisher information.
+
+        Returns:
+            float32 tensors under the names of :meth:`state`, for those that are trained.
+
+        Raises:
+            ModelError: the optimizer has none, or has taken no step since it was reset.
         """
         ...
 

@@ -8,112 +8,34 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import PrinterCallback, Trainer, TrainerCallback
-from trl.trainer.sft_trainer import SFTTrainer
+from transformers import PrinterCallback, TrainerCallback
 
 from toolkit.durable import write_json
-from toolkit.errors import CheckpointError, RunError
-from toolkit.evaluation.held_out import evaluate_held_out
-from toolkit.modeling.states import load_trained_state, trained_in_float32, trained_state
+from toolkit.errors import CheckpointError, DataError, RunError
+from toolkit.evaluation.held_out import evaluate_rows
+from toolkit.evaluation.outcomes import RowOutcomes, metrics
+from toolkit.modeling.moments import unbiased_second_moments
+from toolkit.modeling.states import (
+    load_trained_state,
+    trained_in_float32,
+    trained_parameters,
+    trained_state,
+)
 from toolkit.training import rng
 from toolkit.training.accounting import Accounting
 from toolkit.training.arguments import build_arguments
 from toolkit.training.contract import TrainerSetup, trainer_backend
 from toolkit.training.order import EpochOrder
 from toolkit.training.pausable import PausableCall
+from toolkit.training.slots import load_optimizer_slots, optimizer_slots
+from toolkit.training.trainers import ClassifierTrainer, LanguageModelTrainer
 
 POSITION_NAME = "position.json"
 """Our part of a checkpoint: where the participant stands and what it has counted."""
-
-
-class _Participant(Trainer):
-    """Hooks of a Trainer: counts, order of the rows, and checkpoints of one adapter among several on a base."""
-
-    accounting: Accounting
-    order: EpochOrder
-    adapter: str | None
-    step_grad_norm: float | None
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
-        return self.order
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.accounting.begin_step(batches, label_shift=int(self._loss_shifts_labels))
-        return batches, num_items
-
-    def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        loss = super().training_step(*arguments, **keywords)
-        self.accounting.add_loss(loss)
-        return loss
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.step_grad_norm = None if grad_norm is None else float(grad_norm)
-        return grad_norm
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.adapter is None:
-            super()._save(output_dir, state_dict)
-            return
-        # PEFT saves all adapters of the base, and each but "default" into a folder of its own.
-        folder, model, tokenizer = (
-            Path(str(output_dir)),
-            cast(Any, self.model),
-            cast(Any, self.processing_class),
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(str(folder), state_dict=state_dict, selected_adapters=[self.adapter])
-        if self.adapter != "default":
-            for path in (folder / self.adapter).iterdir():
-                path.rename(folder / path.name)
-            (folder / self.adapter).rmdir()
-        tokenizer.save_pretrained(str(folder))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.adapter is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        # transformers would load it in another dtype than it was trained in (PEFT's autocast of adapters).
-        tensors = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
-        load_trained_state(cast(Any, self.model), self.adapter, tensors)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.is_deepspeed_enabled or self.args.device.type != "cpu":
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        # transformers 5.17 loads to "cpu:0" where several processes share the CPU, a place that torch does not know.
-        for name, owner in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
-            state = torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
-            cast(Any, owner).load_state_dict(state)
-
-    def create_model_card(self, *arguments: Any, **keywords: Any) -> None:
-        """The recipe writes the model's card, once, into final_model/."""
-
-
-class _LanguageModelTrainer(_Participant, SFTTrainer):
-    pass
-
-
-class _ClassifierTrainer(_Participant):
-    """Encoders take any keyword and ignore ``num_items_in_batch``; transformers then neither divides their loss by the
-    accumulated batches nor weights ragged ones. So the loss is ours."""
-
-    def __init__(self, **keywords: Any) -> None:
-        super().__init__(**keywords, compute_loss_func=mean_over_rows)
-
-
-def mean_over_rows(
-    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int
-) -> torch.Tensor:
-    """Cross-entropy of logits [B, labels] summed over the batch, divided by the rows of the whole step."""
-    loss_sum = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
-    return loss_sum / num_items_in_batch
 
 
 class _Boundary(TrainerCallback):
@@ -151,21 +73,23 @@ class HFTrainer:
         self.name = setup.name
         self._setup = setup
         self._until_step = 0
+        callers = rng.capture()
         with self._own_adapter():
             self._trainer = self._build()
+        self._rng = rng.capture()  # transformers has seeded them with the participant's seed
+        rng.restore(callers)
         self._call: PausableCall | None = None
-        self._rng = rng.capture()
         self._sync_gradients = True
 
     def _build(self) -> Any:
         setup = self._setup
         config = setup.config
-        arguments = build_arguments(config, setup.world, setup.staging)
+        arguments = build_arguments(config, setup.world, setup.staging, seed=setup.seed)
         causal = config.task == "causal-lm"
         if not causal and config.gradient_checkpointing and isinstance(setup.model, PeftModel):
             # Without it no gradient reaches the adapters through checkpointed frozen layers. SFTTrainer does it itself.
             setup.model.enable_input_require_grads()
-        trainer = (_LanguageModelTrainer if causal else _ClassifierTrainer)(
+        trainer = (LanguageModelTrainer if causal else ClassifierTrainer)(
             model=setup.model,
             args=arguments,
             train_dataset=setup.train,
@@ -179,7 +103,7 @@ class HFTrainer:
         trainer.add_callback(_Boundary(self))
         trainer.order = EpochOrder(
             len(setup.train),
-            config.seed,
+            setup.seed,
             lengths=setup.train["length"] if config.length_grouping else None,
             rows_per_step=config.batch_size * config.gradient_accumulation_steps * arguments.world_size,
         )
@@ -257,18 +181,23 @@ class HFTrainer:
                 self._call.resume()
         return not accounting.stop_agreed
 
-    def evaluate(self) -> dict[str, float]:
-        if self._setup.evaluation is None:
+    def evaluate(self, rows: Any = None) -> dict[str, float]:
+        if rows is None and self._setup.evaluation is None:
             return {}
+        return metrics(self.evaluate_rows(rows))
+
+    def evaluate_rows(self, rows: Any = None) -> RowOutcomes:
+        rows = self._setup.evaluation if rows is None else rows
+        if rows is None:
+            raise DataError(f"{self.name} has no held-out rows", hint="give --eval-data or --eval-fraction")
         with self.active():
-            return evaluate_held_out(
+            return evaluate_rows(
                 self._forward_model(),
-                self._setup.evaluation,
+                rows,
                 self._setup.collator,
                 task=self._setup.config.task,
                 batch_size=self._setup.config.eval_batch_size,
                 accelerator=self._trainer.accelerator,
-                accepts_num_items=self._trainer.model_accepts_loss_kwargs,
             )
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -278,6 +207,19 @@ class HFTrainer:
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         self._refuse_deepspeed()
         load_trained_state(self._trainer.model, self._setup.adapter, state)
+
+    def optimizer_state(self) -> dict[str, dict[str, torch.Tensor]]:
+        return optimizer_slots(self._parameters(), self._optimizer())
+
+    def load_optimizer_state(self, slots: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        load_optimizer_slots(self._parameters(), self._optimizer(), slots)
+
+    def reset_optimizer(self) -> None:
+        self._optimizer()
+        self._trainer.reset_optimizer()
+
+    def second_moments(self) -> dict[str, torch.Tensor]:
+        return unbiased_second_moments(self._parameters(), self._optimizer())[0]
 
     def save(self) -> Path:
         with self.active():
@@ -360,6 +302,15 @@ class HFTrainer:
             gradients._set_sync_gradients(callers_sync)
             self._rng = rng.capture()
             rng.restore(callers)
+
+    def _parameters(self) -> dict[str, torch.nn.Parameter]:
+        return trained_parameters(self._trainer.model, self._setup.adapter)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer itself, without accelerate's wrapping, which hides its class."""
+        self._refuse_deepspeed()
+        assert self._call is not None, "start() makes the optimizer"
+        return self._trainer.optimizer.optimizer
 
     def _refuse_deepspeed(self) -> None:
         if self._trainer.is_deepspeed_enabled:

@@ -18,7 +18,7 @@ class EpochOrder(Sampler[int]):
 
     Args:
         num_rows: rows of the training data.
-        seed: of the run.
+        seed: of the participant.
         lengths: tokens of each row; given, rows of similar length come together, the longest batch first, so that
             a batch too large for memory fails at the first step.
         rows_per_step: rows of one optimizer step on all devices.
