@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from toolkit.errors import RunDirectoryError
-from toolkit.reporting.history import HISTORY_NAME, METRICS_NAME, HistoryWriter, as_float
+from toolkit.reporting.history import HISTORY_NAME, METRICS_NAME, as_float
+from toolkit.reporting.history_writer import HistoryWriter
 from toolkit.reporting.metrics import quantile
 from toolkit.reporting.records import EvaluationRecord, StepRecord
 

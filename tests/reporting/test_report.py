@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.reporting import charts, wording
-from toolkit.reporting.history import HistoryWriter
+from toolkit.reporting.history_writer import HistoryWriter
 from toolkit.reporting.records import MessageRecord, RunEnd, SampleRecord, StepRecord
 from toolkit.reporting.report import ReportWriter, render
 

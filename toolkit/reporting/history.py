@@ -10,27 +10,21 @@ killed and resumed is that of the run that was never killed, apart from times an
 import dataclasses
 import json
 import math
-import time
 from array import array
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from toolkit.durable import write_json, write_text
 from toolkit.errors import RunDirectoryError
-from toolkit.reporting.metrics import summarize
-from toolkit.reporting.pace import Pace
 from toolkit.reporting.records import (
     AlertRecord,
     CheckpointRecord,
     ComparisonRecord,
     EvaluationRecord,
     MergeRecord,
-    Record,
     RoundRecord,
     RunEnd,
-    RunStart,
     SampleRecord,
     StepRecord,
 )
@@ -66,6 +60,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value
+
+
+def read_back(value: Any) -> Any:
+    """``value`` as :func:`plain` was given it, apart from tuples."""
+    if isinstance(value, dict):
+        return {key: read_back(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [read_back(item) for item in value]
+    return float(value) if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def now_utc() -> str:
@@ -153,6 +156,22 @@ class History:
 
     def set_comparison(self, record: ComparisonRecord) -> None:
         self.comparison = plain(dataclasses.asdict(record))
+
+    def events(self) -> list[EvaluationRecord | MergeRecord | RoundRecord | AlertRecord]:
+        """What happened besides steps, by step: at one step the evaluations, then the merge, the round, the alerts."""
+        kinds = (
+            (EvaluationRecord, self.evaluations),
+            (MergeRecord, self.merges),
+            (RoundRecord, self.rounds),
+            (AlertRecord, self.alerts),
+        )
+        found = []
+        for order, (kind, entries) in enumerate(kinds):
+            names = {field.name for field in dataclasses.fields(kind)}
+            for entry in entries:
+                step = entry.get("step", max(entry.get("steps", {}).values(), default=0)) or 0
+                found.append((step, order, kind(**{n: read_back(v) for n, v in entry.items() if n in names})))
+        return [record for _, _, record in sorted(found, key=lambda event: event[:2])]
 
     @property
     def is_iterative(self) -> bool:
@@ -253,93 +272,3 @@ def _lines(texts: list[str]) -> str:
 def _is_reached(steps: Mapping[str, int], restored_steps: Mapping[str, int]) -> bool:
     """Whether a merge or round at ``steps`` is not beyond what was restored; a name that was not restored is free."""
     return all(step <= restored_steps.get(name, step) for name, step in steps.items())
-
-
-class HistoryWriter:
-    """Listener that keeps the :class:`History` and writes it, not at every step of a fast run.
-
-    The files are written at most every two seconds while steps come in, soon after an evaluation or a
-    checkpoint, and at every :meth:`flush`; a history that takes long to write is written more seldom (at
-    most 5 % of the time).
-
-    Args:
-        run_dir: exists.
-        logging_steps: every how many steps one is recorded, besides the first, the last and every non-finite
-            one.
-        restored_steps: see :func:`toolkit.reporting.listeners.build`.
-    """
-
-    def __init__(
-        self, run_dir: Path, *, logging_steps: int = 1, restored_steps: Mapping[str, int] | None = None
-    ) -> None:
-        self._run_dir = run_dir
-        self._logging_steps = logging_steps
-        path = run_dir / HISTORY_NAME
-        self.history = History() if restored_steps is None else History.load(path, restored_steps)
-        self._pace = Pace(interval_seconds=2.0, max_share=0.05)
-        self._started = time.monotonic()
-        # Until something happened, the files of an earlier run in the folder stay as they are.
-        self._has_news = False
-        self._session = {
-            "started": now_utc(),
-            "wall_seconds": 0.0,
-            "resumed_from": dict(restored_steps or {}),
-        }
-        self.history.sessions.append(self._session)
-
-    def handle(self, record: Record) -> None:
-        history = self.history
-        if isinstance(record, StepRecord):
-            if self._is_recorded(record):
-                history.add_step(record)
-                self._has_news = True
-                if self._pace.is_due():
-                    self.flush()
-            return
-        if isinstance(record, RunStart):
-            names = list(dict.fromkeys([*history.facts["participants"], *record.participants]))
-            history.facts |= {"recipe": record.recipe, "title": record.title, "num_steps": record.num_steps}
-            history.facts["participants"] = names
-            history.rows, history.data_check = record.rows, record.data_check
-        elif isinstance(record, EvaluationRecord):
-            history.add_evaluation(record)
-        elif isinstance(record, SampleRecord):
-            history.add_sample(record)
-        elif isinstance(record, CheckpointRecord):
-            history.add_checkpoint(record)
-        elif isinstance(record, MergeRecord):
-            history.add_merge(record)
-        elif isinstance(record, RoundRecord):
-            history.add_round(record)
-        elif isinstance(record, AlertRecord):
-            history.add_alert(record)
-        elif isinstance(record, ComparisonRecord):
-            history.set_comparison(record)
-        elif isinstance(record, RunEnd):
-            history.facts["status"] = record.status
-            history.end = record
-        else:
-            return
-        self._has_news = True
-        if isinstance(record, RunEnd) or self._pace.is_due(urgent=True):
-            self.flush()
-
-    def flush(self) -> None:
-        """Write both files now, if anything was handled."""
-        if not self._has_news:
-            return
-        self._session["wall_seconds"] = round(time.monotonic() - self._started, 3)
-        with self._pace.measured():
-            write_text(self._run_dir / HISTORY_NAME, self.history.text())
-            write_json(self._run_dir / METRICS_NAME, plain(summarize(self.history)))
-
-    def close(self) -> None:
-        if self.history.facts["status"] == "running":
-            self.history.facts["status"] = "failed"
-        self.flush()
-
-    def _is_recorded(self, record: StepRecord) -> bool:
-        regular = (
-            record.step == 1 or record.step == record.num_steps or record.step % self._logging_steps == 0
-        )
-        return regular or not math.isfinite(record.loss)

@@ -4,11 +4,14 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from toolkit.reporting.records import Record
+
+if TYPE_CHECKING:
+    from toolkit.reporting.history import History
 
 logger = logging.getLogger("toolkit.reporting")
 
@@ -147,6 +150,8 @@ def build(
     is_main_process: bool,
     resumed_history: Mapping[str, int] | None = None,
     stream: TextIO | None = None,
+    story_name: str | None = None,
+    watchers: "Callable[[History], Sequence[Listener]]" = lambda _: (),
 ) -> Listeners:
     """Make everything that a run reports to: terminal, training.log, history, metrics, trackers, report.html.
 
@@ -157,6 +162,8 @@ def build(
         resumed_history: on a resume, participant to the step that was restored (0: from its beginning). What
             the files hold beyond that step is dropped; everything before is continued. None: a fresh run.
         stream: where the terminal output goes; None: standard output.
+        story_name: file for what training.log says apart from the steps; None: no such file.
+        watchers: given the history, makes further essential listeners, which hear each record right after it.
 
     Raises:
         MissingDependencyError: a tracker that is asked for is not installed; nothing was written.
@@ -167,7 +174,7 @@ def build(
     if not is_main_process:
         return Listeners()
     from toolkit.reporting.console import Console
-    from toolkit.reporting.history import HistoryWriter
+    from toolkit.reporting.history_writer import HistoryWriter
     from toolkit.reporting.log_file import LogFile
     from toolkit.reporting.report import ReportWriter
     from toolkit.reporting.trackers import build_trackers, missing_trackers
@@ -183,9 +190,11 @@ def build(
         level=config.log_level,
         logging_steps=config.logging_steps,
         train_loss=train_loss,
+        story_path=run_dir / story_name if story_name else None,
     )
     console = Console(stream=stream, log_level=config.log_level, train_loss=train_loss)
     report = ReportWriter(run_dir, history.history, config=config.model_dump(mode="json"))
     # The history is first, because the others read it; terminal and log are last, to hear how the others
     # fared.
-    return Listeners(essential=[history], optional=[*trackers, report, console, log_file])
+    essential = [history, *watchers(history.history)]
+    return Listeners(essential=essential, optional=[*trackers, report, console, log_file])

@@ -24,6 +24,7 @@ from toolkit.reporting.records import (
 
 # Records of the run carry this attribute: the console shows them in its own way and skips them here.
 RUN_RECORD = "meldkit_run_record"
+STEP_RECORD = "meldkit_step_record"
 MAX_LINES = 1000
 LIBRARIES = ("py.warnings", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "torch")
 
@@ -53,6 +54,7 @@ class LogFile:
         level: name of the lowest level that is written, e.g. ``INFO``.
         logging_steps: every how many steps one is written.
         train_loss: gives the training loss that belongs to an evaluation.
+        story_path: a second file, for everything but the steps; None: no such file.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class LogFile:
         level: str,
         logging_steps: int = 1,
         train_loss: Callable[[EvaluationRecord], float | None] = lambda _: None,
+        story_path: Path | None = None,
     ) -> None:
         self._logging_steps = logging_steps
         self._train_loss = train_loss
@@ -69,15 +72,18 @@ class LogFile:
         self._many = False
         self._departed: set[str] = set()
         self._logger = logging.getLogger("toolkit.run")
-        self._handler = logging.FileHandler(path, mode="a", encoding="utf-8", errors="backslashreplace")
-        self._handler.setFormatter(formatter())
+        self._handlers = [_appending(path)]
+        if story_path is not None:
+            self._handlers.append(_appending(story_path))
+            self._handlers[-1].addFilter(lambda record: not getattr(record, STEP_RECORD, False))
         self._owned = logging.getLogger("toolkit")
         self._level_before = self._owned.level
         self._owned.setLevel(level)
-        self._owned.addHandler(self._handler)
-        self._library_handler = _Passing(self._handler, logging.WARNING)
-        for name in LIBRARIES:
-            logging.getLogger(name).addHandler(self._library_handler)
+        self._library_handlers = [_Passing(handler, logging.WARNING) for handler in self._handlers]
+        for handler, library_handler in zip(self._handlers, self._library_handlers, strict=True):
+            self._owned.addHandler(handler)
+            for name in LIBRARIES:
+                logging.getLogger(name).addHandler(library_handler)
         # Warnings go to the log from here on; the terminal shows them through the console.
         logging.captureWarnings(True)
 
@@ -89,6 +95,7 @@ class LogFile:
                 self._say(
                     logging.INFO,
                     self._named(record.participant, wording.step_line(record, seconds_left=None) + norm),
+                    is_step=True,
                 )
         elif isinstance(record, EvaluationRecord):
             label = wording.evaluation_label(record, self._num_epochs)
@@ -137,21 +144,29 @@ class LogFile:
         self._say(logging.INFO if record.status == "done" else logging.ERROR, "\n".join(lines))
 
     def flush(self) -> None:
-        self._handler.flush()
+        for handler in self._handlers:
+            handler.flush()
 
     def close(self) -> None:
-        self._owned.removeHandler(self._handler)
         self._owned.setLevel(self._level_before)
-        for name in LIBRARIES:
-            logging.getLogger(name).removeHandler(self._library_handler)
+        for handler, library_handler in zip(self._handlers, self._library_handlers, strict=True):
+            self._owned.removeHandler(handler)
+            for name in LIBRARIES:
+                logging.getLogger(name).removeHandler(library_handler)
+            handler.close()
         logging.captureWarnings(False)
-        self._handler.close()
 
     def _named(self, participant: str, text: str) -> str:
         return f"{participant}: {text}" if self._many else text
 
-    def _say(self, level: int, text: str) -> None:
-        self._logger.log(level, "%s", text, extra={RUN_RECORD: True})
+    def _say(self, level: int, text: str, *, is_step: bool = False) -> None:
+        self._logger.log(level, "%s", text, extra={RUN_RECORD: True, STEP_RECORD: is_step})
+
+
+def _appending(path: Path) -> logging.Handler:
+    handler = logging.FileHandler(path, mode="a", encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(formatter())
+    return handler
 
 
 class _Passing(logging.Handler):

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from toolkit.reporting import round_metrics
+
 if TYPE_CHECKING:
     from toolkit.reporting.history import History, Series
 
@@ -48,8 +50,27 @@ def summarize(history: "History") -> dict[str, Any]:
         "gpu": _gpu_means(all_series),
         "participants": {
             name: _participant(history.series[name], [e for e in evaluations if e["participant"] == name])
+            | (_part_in_rounds(history, name) if history.is_iterative else {})
             for name in names
         },
+        **(_rounds(history) if history.is_iterative else {}),
+    }
+
+
+def _rounds(history: "History") -> dict[str, Any]:
+    return {
+        "num_rounds": len(history.rounds),
+        "merges": round_metrics.merge_counts(history),
+        "alerts": round_metrics.alert_counts(history),
+    }
+
+
+def _part_in_rounds(history: "History", name: str) -> dict[str, Any]:
+    return {
+        "status": round_metrics.status_of(history, name)[0],
+        "merges": round_metrics.merge_effect(history, name),
+        "trend": round_metrics.trend(history, name),
+        "curve": round_metrics.curve(history.series[name]),
     }
 
 

@@ -138,7 +138,7 @@ class MergeRecord:
     decision_metrics: Mapping[str, float] = field(default_factory=dict)
     """The numbers that the schedule decided by."""
     gate: Mapping[str, GateVerdict | None] = field(default_factory=dict)
-    """Participant to the gate's verdict on what it was to receive; None: no gate, it received it."""
+    """Every participant that was offered a merged state, to the verdict of the gate; None: no gate, it took it."""
     before: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Participant to the metrics on its held-out rows before the merge."""
     after: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import psutil
+
 from toolkit.launch import devices
 
 logger = logging.getLogger("toolkit.reporting")
@@ -56,6 +58,23 @@ def gpus() -> list[dict[str, Any]]:
 def gpu_names() -> list[dict[str, Any]]:
     """Index, name and total memory in bytes of each visible GPU."""
     return _nvml.describe()
+
+
+def memory_limit_bytes() -> int:
+    """Memory that there is for a run: of the GPUs that torch uses, else of the container or the machine."""
+    torch = sys.modules.get("torch")
+    if _cuda_peak_bytes() is not None and torch is not None:
+        count = torch.cuda.device_count()
+        used = [index for index in range(count) if torch.cuda.max_memory_reserved(index)]
+        return sum(torch.cuda.get_device_properties(index).total_memory for index in used or range(count))
+    limit_bytes = psutil.virtual_memory().total
+    # cgroup v1 or none, or the word "max": the machine's memory alone counts.
+    with (
+        contextlib.suppress(OSError, ValueError),
+        open("/sys/fs/cgroup/memory.max", encoding="ascii") as stream,
+    ):
+        limit_bytes = min(limit_bytes, int(stream.read()))
+    return limit_bytes
 
 
 def driver_version() -> str | None:

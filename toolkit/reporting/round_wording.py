@@ -36,7 +36,8 @@ def merge_title(record: MergeRecord) -> str:
     sources = names_in_short(record.participants)
     if record.status == "failed":
         attempts = f"{record.attempts} attempt{'s' if record.attempts != 1 else ''}"
-        return f"merge after epoch {record.epoch} failed after {attempts} ({record.method} of {sources}): {record.error}"
+        what = f"merge after epoch {record.epoch} ({record.method} of {sources})"
+        return f"{what} failed after {attempts}: {record.error}"
     seconds = f"{record.seconds:.1f} s" if record.seconds < 60 else duration(record.seconds)
     attempts = f", {record.attempts} attempts" if record.attempts > 1 else ""
     return f"merge after epoch {record.epoch}: {record.method} of {sources}, {seconds}{attempts} ({record.reason})"
