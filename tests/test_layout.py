@@ -43,6 +43,7 @@ TORCH_FREE = (
     "paths",
     "config",
     "launch",
+    "languages",
     "cli",
     "__main__",
     "terminal",
@@ -61,6 +62,10 @@ TORCH_FREE = (
     "reporting.records",
     "reporting.resources",
     "reporting.trackers",
+    "rounds.comparison",
+    "rounds.schedule",
+    "rounds.weighting",
+    "evaluation.bootstrap",
 )
 HEAVY = {
     "torch",
