@@ -24,15 +24,22 @@ class Baselines:
         run: of the recipe.
         factory: builds trainers; the adapters of the participants that merged are gone from its base.
         rows: of every locale.
-        outcomes: receives what each model does on the held-out rows of every locale.
+        compared: rows on which the models of each locale are compared.
+        outcomes: receives what each model does on the compared rows of every locale.
     """
 
     def __init__(
-        self, run: Run, factory: TrainerFactory, rows: Mapping[str, Prepared], outcomes: OutcomeFiles
+        self,
+        run: Run,
+        factory: TrainerFactory,
+        rows: Mapping[str, Prepared],
+        compared: Mapping[str, Any],
+        outcomes: OutcomeFiles,
     ) -> None:
         self._run = run
         self._factory = factory
         self._rows = rows
+        self._compared = compared
         self._outcomes = outcomes
         self._quiet = copy.copy(run)
 
@@ -74,10 +81,8 @@ class Baselines:
         loop.start(loop.last_intact_commit())
         try:
             loop.go()
-            for other, rows in self._rows.items():
-                if rows.evaluation is not None:
-                    outcomes = trainer.evaluate_rows(rows.evaluation)
-                    self._outcomes.write(OWN_TRAINING, locale, outcomes, rows_of=other)
+            for other, rows in self._compared.items():
+                self._outcomes.write(OWN_TRAINING, locale, trainer.evaluate_rows(rows), rows_of=other)
         finally:
             self._factory.discard(trainer, locale)
         run.journal.append(BASELINE, participant=locale, status=participant.standing.status)

@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from toolkit.data.prepare import Prepared, prepare, shared_label_names
+from toolkit.data.read import EVALUATION_SPLITS, open_source
 from toolkit.data.tokenizer import load_tokenizer
 from toolkit.launch.plan import LaunchPlan
 from toolkit.modeling.adapters import lora_config
@@ -22,9 +25,9 @@ from toolkit.rounds.checkpoints import CheckpointStore
 from toolkit.rounds.final_model import write_final_model
 from toolkit.rounds.loop import COMMIT, RoundLoop
 from toolkit.rounds.merge_step import MergeStep
-from toolkit.rounds.merging import MergeCoordinator, MergedModels
+from toolkit.rounds.merging import MergeCoordinator, MergedModels, MergeOutcome
 from toolkit.rounds.monitor import build_listeners
-from toolkit.rounds.outcome_files import BASE, ITERATIVE, OutcomeFiles
+from toolkit.rounds.outcome_files import BASE, ITERATIVE, LAST_MERGE, OutcomeFiles
 from toolkit.rounds.participants import Participant, TrainerFactory
 from toolkit.rounds.run import Run, run_in_directory
 from toolkit.rounds.run_directory import RunDirectory
@@ -33,6 +36,7 @@ from toolkit.rounds.summary import configuration_rows
 
 RECIPE = "iterative-merge"
 LOOP = "training"
+TEST_SPLIT = "test"
 TRAINED = "trained"
 """The journal's event for: training with merges is over, and its models are written."""
 
@@ -50,6 +54,14 @@ class IterativeRun(Run):
         self.outcomes = OutcomeFiles(directory.path / "comparison")
         self.rows: dict[str, Prepared] = {}
         """Prepared rows of every locale, and of target languages that are none of them."""
+        self.compared: dict[str, Any] = {}
+        """Rows on which the models of each locale are compared: its test split, else its held-out rows."""
+        self.merged_models = MergedModels(
+            directory.path,
+            directory.journal,
+            keep=config.retain_merge_checkpoints,
+            is_main_process=processes.is_main_process,
+        )
         self.factory: Any = None
         self.participants: list[Participant] = []
 
@@ -75,7 +87,9 @@ class IterativeRun(Run):
         commit = None if loop is None else loop.last_intact_commit()
         here = environment.describe()
         changed_versions = self.directory.changed_versions(here["versions"])
-        self.directory.begin(self._facts(), here | {"plan": self.plan.as_dict(), "plan_notes": list(self.plan.notes)})
+        self.directory.begin(
+            self._facts(), here | {"plan": self.plan.as_dict(), "plan_notes": list(self.plan.notes)}
+        )
         self._take_back(commit)
         with self.listen(self._restored(loop, commit)):
             for change in changed_versions:
@@ -99,7 +113,10 @@ class IterativeRun(Run):
             loop.go(before=self._write_base_outcomes)
             self._hand_over(tokenizer)
         if self.config.baselines:
-            Baselines(self, self.factory, self.rows, self.outcomes).go()
+            for participant in self.participants:
+                self.factory.discard(participant.trainer)
+            self.participants = []
+            Baselines(self, self.factory, self.rows, self.compared, self.outcomes).go()
         self._compare()
         self.journal.append("finished")
         self.end("done", summary=self._result_rows(time.monotonic() - began), paths=self._paths())
@@ -110,16 +127,23 @@ class IterativeRun(Run):
         """Read the rows of all locales; returns the classes of the one classifier."""
         config = self.config
         load_model_config(config)
-        locales = dict.fromkeys([*config.locales, *(config.targets if config.merge_scope == "target" else ())])
+        locales = dict.fromkeys(
+            [*config.locales, *(config.targets if config.merge_scope == "target" else ())]
+        )
         own = {locale: config.for_locale(locale) for locale in locales}
         label_names = None
         if config.task == "sequence-classification":
             label_names = shared_label_names([own[locale] for locale in config.locales])
         with self.processes.main_process_first():
             for locale, options in own.items():
-                self.rows[locale] = prepare(
-                    options, tokenizer, config.task, seed=config.seed, label_names=label_names
+                keywords = {"seed": config.seed, "label_names": label_names}
+                self.rows[locale] = prepare(options, tokenizer, config.task, **keywords)
+                test = _with_test_split(options)
+                rows = (
+                    self.rows[locale] if test is None else prepare(test, tokenizer, config.task, **keywords)
                 )
+                if rows.evaluation is not None:
+                    self.compared[locale] = rows.evaluation
         return label_names
 
     def _facts(self) -> dict[str, Any]:
@@ -135,24 +159,35 @@ class IterativeRun(Run):
     def _build_loop(self) -> RoundLoop:
         for locale in self.config.locales:
             self.participants.append(self._participant(locale))
-        trainers = {p.name: p.trainer for p in self.participants}
         first = self.participants[0].trainer
-        is_lora = self.config.finetuning == "lora"
+        adapter_config = lora_config(first.model, self.config) if self.config.finetuning == "lora" else None
         coordinator = MergeCoordinator(
-            self.config,
-            base=first.state(),
-            adapter_config=lora_config(first.model, self.config) if is_lora else None,
-            seed=self.config.seed,
-        )
-        merged_models = MergedModels(
-            self.directory.path, self.journal, keep=self.config.retain_merge_checkpoints
+            self.config, base=first.state(), adapter_config=adapter_config, seed=self.config.seed
         )
 
-        def write(trainer: Any, outcome: Any, targets: tuple[str, ...]) -> Path:
-            locales = list(targets) if self.config.merge_scope == "each" else list(trainers)
-            return merged_models.write(locales, trainer.save_model, outcome)
+        def write(trainer: Any, outcome: MergeOutcome, targets: tuple[str, ...], epoch: int) -> Path:
+            return self.merged_models.add(
+                outcome.state,
+                round_number=epoch,
+                participants=targets if self.config.merge_scope == "each" else list(outcome.weights),
+                model=trainer.model,
+                adapter_config=adapter_config,
+                tokenizer=self.factory.tokenizer,
+                record={
+                    "epoch": epoch,
+                    "targets": list(targets),
+                    "weights": outcome.weights,
+                    "method": outcome.method,
+                    "seconds": outcome.seconds,
+                    "attempts": outcome.attempts,
+                    "input_sha256": outcome.input_sha256,
+                    "output_sha256": outcome.output_sha256,
+                    "integrity": outcome.integrity,
+                    "notes": outcome.notes,
+                },
+            )
 
-        step = MergeStep(self, self.participants, coordinator, self.rows, self.outcomes, write)
+        step = MergeStep(self, self.participants, coordinator, self.rows, write)
         return RoundLoop(
             self,
             self.participants,
@@ -200,6 +235,7 @@ class IterativeRun(Run):
         if commit is not None:
             durable = [commit["number"]]
         self.journal.rewind(durable[-1] if durable else 0)
+        self.merged_models.recover()
 
     def _restored(self, loop: RoundLoop | None, commit: dict[str, Any] | None) -> dict[str, int] | None:
         if not self.config.resume:
@@ -253,8 +289,12 @@ class IterativeRun(Run):
             self.say("info", f"resumed after epoch {commit['epoch']} of {self.config.num_epochs}")
 
     def _write_base_outcomes(self, participant: Participant) -> None:
-        if participant.has_rows_to_evaluate:
-            self.outcomes.write(BASE, participant.name, participant.trainer.evaluate_rows())
+        self._write_outcomes(BASE, participant)
+
+    def _write_outcomes(self, arm: str, participant: Participant) -> None:
+        name = participant.name
+        if name in self.compared:
+            self.outcomes.write(arm, name, participant.trainer.evaluate_rows(self.compared[name]))
 
     def _hand_over(self, tokenizer: Any) -> None:
         """Write what training with merges gave: row outcomes, and the model of every locale."""
@@ -262,8 +302,8 @@ class IterativeRun(Run):
         for participant in self.participants:
             if participant.standing.status == "failed":
                 continue
-            if participant.has_rows_to_evaluate:
-                self.outcomes.write(ITERATIVE, participant.name, participant.trainer.evaluate_rows())
+            self._write_outcomes(ITERATIVE, participant)
+            self._write_last_merge(participant)
             folders = [self.directory.path / participant.name]
             if participant.name == targets[0] or participant.name == self.config.locales[0]:
                 folders.append(self.directory.path)
@@ -281,6 +321,18 @@ class IterativeRun(Run):
                 )
         self.journal.append(TRAINED)
 
+    def _write_last_merge(self, participant: Participant) -> None:
+        """What the newest merged model that was made for a participant does, taken over or not."""
+        merges = [r for r in self.journal.records("merge") if participant.name in r["gate"]]
+        if not merges or participant.name not in self.compared:
+            return
+        paths: dict[str, str] = merges[-1]["paths"]
+        name = paths.get(participant.name) or next(iter(paths.values()))
+        own = participant.trainer.state()
+        participant.trainer.load_state(saved_state(self.merged_models.folder / name, participant.trainer))
+        self._write_outcomes(LAST_MERGE, participant)
+        participant.trainer.load_state(own)
+
     # The comparison
 
     def _compare(self) -> None: ...
@@ -290,3 +342,30 @@ class IterativeRun(Run):
 
     def _paths(self) -> list[tuple[str, str]]:
         return [("Model saved to", str(self.directory.path / "final_model"))]
+
+
+def saved_state(folder: Path, trainer: Any) -> dict[str, Any]:
+    """The state that was saved as a model folder, complete: what a folder leaves out (a second name of a tied tensor)
+    is taken from the name that it is tied to, or from the trainer."""
+    saved: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        saved |= load_file(path)
+    own = trainer.state()
+    if own.keys() <= saved.keys():
+        return saved
+    places = {name: tensor.data_ptr() for name, tensor in trainer.model.state_dict().items()}
+    by_place = {places[name]: tensor for name, tensor in saved.items()}
+    return {name: saved.get(name, by_place.get(places[name], tensor)) for name, tensor in own.items()}
+
+
+def _with_test_split(options: Any) -> Any | None:
+    """The options that read the test split as held-out rows, where there is one besides those that training looks at:
+    a gate and a schedule choose by those, so they would flatter the result."""
+    if options.eval_data is not None or options.eval_split == TEST_SPLIT:
+        return None
+    splits = open_source(options.data).splits
+    if TEST_SPLIT not in splits or not any(
+        name in splits for name in EVALUATION_SPLITS if name != TEST_SPLIT
+    ):
+        return None
+    return options.model_copy(update={"eval_split": TEST_SPLIT})

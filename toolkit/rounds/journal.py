@@ -16,7 +16,16 @@ from toolkit.errors import CheckpointError
 JOURNAL_NAME = "journal.jsonl"
 
 FACTS_OF_THE_DISK = frozenset(
-    {"created", "started", "checkpoint", "checkpoint_deleted", "rewound", "interrupted", "failed"}
+    {
+        "created",
+        "started",
+        "checkpoint",
+        "checkpoint_deleted",
+        "merged_model_deleted",
+        "rewound",
+        "interrupted",
+        "failed",
+    }
 )
 """Events that :meth:`Journal.rewind` leaves: they tell of the folder, not of where the training stands."""
 

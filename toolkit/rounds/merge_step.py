@@ -11,7 +11,6 @@ from typing import Any
 
 from toolkit.data.prepare import Prepared
 from toolkit.errors import InputError, MergeError
-from toolkit.evaluation.outcomes import metrics
 from toolkit.reporting.history import plain
 from toolkit.reporting.records import MergeRecord
 from toolkit.rounds.loop import score_of
@@ -22,16 +21,17 @@ from toolkit.rounds.merging import (
     merge_optimizer_states,
     participant_fisher,
 )
-from toolkit.rounds.outcome_files import LAST_MERGE, OutcomeFiles
 from toolkit.rounds.participants import Participant
 from toolkit.rounds.run import Run
 from toolkit.rounds.schedule import MergeDecision
 from toolkit.rounds.weighting import combined, weightings
+from toolkit.training.contract import ParticipantTrainer
 
 logger = logging.getLogger(__name__)
 
 State = Mapping[str, Any]
-Writer = Callable[..., Path]
+Writer = Callable[[ParticipantTrainer, MergeOutcome, tuple[str, ...], int], Path]
+"""Of (trainer whose model has the form, merge, targets, epoch): writes the merged model and returns its folder."""
 
 
 @dataclass
@@ -63,8 +63,7 @@ class MergeStep:
         participants: of the loop, in their order.
         coordinator: merges states.
         target_rows: prepared rows of the target languages that no participant has.
-        outcomes: receives what each merged state does on each held-out row.
-        writer: writes a merged state as a model folder and returns it.
+        writer: of merged models.
     """
 
     def __init__(
@@ -73,7 +72,6 @@ class MergeStep:
         participants: Sequence[Participant],
         coordinator: MergeCoordinator,
         target_rows: Mapping[str, Prepared],
-        outcomes: OutcomeFiles,
         writer: Writer,
     ) -> None:
         self.run = run
@@ -81,7 +79,6 @@ class MergeStep:
         self.participants = list(participants)
         self.coordinator = coordinator
         self.target_rows = target_rows
-        self._outcomes = outcomes
         self._writer = writer
 
     def __call__(self, epoch: int, decision: MergeDecision) -> dict[str, bool]:
@@ -101,7 +98,7 @@ class MergeStep:
         optimizers = self._optimizers(sources) if self.config.optimizer_on_merge == "merge" else {}
         for mixture in mixtures:
             for participant in mixture.receivers:
-                self._hand_out(participant, mixture, states[participant.name], optimizers, account)
+                self._hand_out(epoch, participant, mixture, states[participant.name], optimizers, account)
         self._record(epoch, decision, sources, mixtures, account, seconds)
         return {name: verdict != "rejected" for name, verdict in account.gate.items()}
 
@@ -183,6 +180,7 @@ class MergeStep:
 
     def _hand_out(
         self,
+        epoch: int,
         participant: Participant,
         mixture: _Mixture,
         own: State,
@@ -193,12 +191,10 @@ class MergeStep:
         before = standing.metrics
         trainer.load_state(mixture.outcome.state)
         if mixture.path is None:
-            mixture.path = self._writer(trainer, mixture.outcome, mixture.targets)
+            mixture.path = self._writer(trainer, mixture.outcome, mixture.targets, epoch)
         after: dict[str, float] = {}
         if participant.has_rows_to_evaluate and self.config.eval_every != "never":
-            outcomes = trainer.evaluate_rows()
-            self._outcomes.write(LAST_MERGE, name, outcomes)
-            after = metrics(outcomes)
+            after = trainer.evaluate()
         account.before[name], account.after[name] = dict(before), after
         verdict = self._verdict(before, after) if self.config.merge_gate else None
         account.gate[name] = verdict
@@ -266,7 +262,7 @@ class MergeStep:
             before=plain(record.before),
             after=plain(record.after),
             attempts=attempts,
-            path=record.path,
+            paths={",".join(m.targets): m.path.name for m in mixtures if m.path is not None},
             error=record.error,
             digests={
                 ",".join(m.targets): {"inputs": m.outcome.input_sha256, "output": m.outcome.output_sha256}
