@@ -81,7 +81,7 @@ def test_a_killed_process_leaves_a_history_that_reaches_its_checkpoint(
     code = f"""
 import os, runpy, signal
 from pathlib import Path
-from toolkit.reporting.history import HistoryWriter
+from toolkit.reporting.history_writer import HistoryWriter
 from toolkit.reporting.records import StepRecord
 fake = runpy.run_path({str(fake_run_path)!r})
 writer = HistoryWriter(Path({str(run_dir)!r}))
