@@ -16,6 +16,9 @@ from toolkit.config.names import did_you_mean
 from toolkit.errors import InputError, RunDirectoryError
 from toolkit.wheels import Announce, silent
 
+SAMPLE_PREFIX = "sample:"
+"""``sample:NAME`` in the place of a model or of data: a part of the collection, made on first use."""
+
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str) -> InputError:
     """Return the error for a name that is not in the collection; it shows the nearest names that are."""
@@ -73,6 +76,11 @@ def make_folder(
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return out_dir
+
+
+def is_there(folder: Path) -> bool:
+    """Whether something complete lies at ``folder`` already."""
+    return (folder / durable.MANIFEST_NAME).is_file()
 
 
 @contextlib.contextmanager

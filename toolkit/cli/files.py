@@ -1,10 +1,13 @@
 """Whether the local files that a configuration names are there: asked before anything heavy is imported."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import BaseModel
 
+from toolkit.config.iterative_rules import LOCALE_PLACEHOLDER
 from toolkit.config.names import nearest
+from toolkit.config.recipes import IterativeConfig
 from toolkit.config.shipped import shipped_file
 from toolkit.errors import DataError, InputError, ModelError
 from toolkit.paths import can_only_be_a_path
@@ -14,17 +17,28 @@ MODEL_OPTIONS = ("model", "tokenizer")
 FILE_OPTIONS = ("chat_template",)
 
 
+def named_sources(config: object) -> Iterator[tuple[str, str]]:
+    """Yield option and value of every source that a configuration names; where the value has a place for a locale,
+    once for each."""
+    for name in (*DATA_OPTIONS, *MODEL_OPTIONS, *FILE_OPTIONS):
+        source = getattr(config, name, None)
+        if source is None:
+            continue
+        if name in DATA_OPTIONS and isinstance(config, IterativeConfig) and LOCALE_PLACEHOLDER in source:
+            for locale in dict.fromkeys([*config.locales, *config.targets]):
+                yield name, getattr(config.for_locale(locale), name)
+        else:
+            yield name, str(source)
+
+
 def missing_files(config: object) -> list[tuple[str, str]]:
     """Return option and path of every local file or folder that a configuration names and that is not
     there."""
-    missing: list[tuple[str, str]] = []
-    for name in (*DATA_OPTIONS, *MODEL_OPTIONS, *FILE_OPTIONS):
-        source = getattr(config, name, None)
-        if source is None or Path(source).expanduser().exists():
-            continue
-        if name in FILE_OPTIONS or can_only_be_a_path(str(source)):
-            missing.append((name, str(source)))
-    return missing
+    return [
+        (name, source)
+        for name, source in named_sources(config)
+        if not Path(source).expanduser().exists() and (name in FILE_OPTIONS or can_only_be_a_path(source))
+    ]
 
 
 def check_files(config: BaseModel, recipe: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from toolkit.cli.failures import Terminated, guarded
 from toolkit.cli.files import check_files
+from toolkit.cli.samples import check_samples, make_samples
 from toolkit.config.load import Loaded, load
 from toolkit.config.recipes import RECIPES
 from toolkit.config.shipped import shipped_file
@@ -25,6 +26,8 @@ RUNS = {
     "iterative-merge": "toolkit.rounds.iterative",
 }
 """Where each recipe is run: a module with ``run(config, plan) -> exit status``, imported once it begins."""
+OPTION_RULES = {"iterative-merge": "toolkit.rounds.option_rules"}
+"""A module that adds rules to those between options, for a recipe that has registries."""
 HELP_FLAGS = {"-h", "--help"}
 
 
@@ -55,6 +58,8 @@ class _Starter:
         self.has_begun = False
 
     def start(self) -> int:
+        if self.recipe in OPTION_RULES:
+            importlib.import_module(OPTION_RULES[self.recipe])
         self.loaded = loaded = load(RECIPES[self.recipe], self.argv, default_file=shipped_file(self.recipe))
         request = loaded.request
         is_main = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
@@ -68,10 +73,15 @@ class _Starter:
         return self._run(loaded)
 
     def _check_inputs(self, config: Any) -> None:
-        """Raise for a file that is not there or a tracker that is not installed, while nothing has begun."""
+        """Raise for what is not there (files, samples, languages, trackers), while nothing has begun."""
         from toolkit.reporting.trackers import missing_trackers
 
         check_files(config, self.recipe)
+        if getattr(config, "weighting", None) == "similarity":
+            from toolkit.rounds.option_rules import check_languages
+
+            check_languages(config)
+        check_samples(config)
         for error in missing_trackers(config):
             raise error
 
@@ -79,6 +89,7 @@ class _Starter:
         from toolkit.launch.plan import is_launched, resolve_plan
 
         plan = resolve_plan(loaded.config)
+        make_samples(loaded.config)
         if plan.needs_launcher and not is_launched(os.environ):
             from toolkit.launch.launcher import launch
 

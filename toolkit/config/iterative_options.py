@@ -7,7 +7,7 @@ whether to merge.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 
 from toolkit.config.options import Options
 
@@ -40,17 +40,9 @@ def _at_least_one(locales: list[str]) -> list[str]:
     return locales
 
 
-def _as_number(value: Any) -> Any:
-    # Weights on the command line are text, e.g. en-US=0.4.
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        raise ValueError(f"'{value}' is not a number") from None
-
-
 Locale = Annotated[str, AfterValidator(_locale)]
 Locales = Annotated[list[Locale], AfterValidator(_each_once)]
-Share = Annotated[float, BeforeValidator(_as_number), Field(ge=0)]
+Share = Annotated[float, Field(ge=0)]
 NumRows = Annotated[int, Field(ge=1)]
 
 
@@ -158,7 +150,7 @@ class ScheduleOptions(Options):
     """Schedule of merges"""
 
     schedule: str | None = None
-    """A schedule that was registered in Python. Default: by the options below."""
+    """A schedule by its name: fixed, adaptive, or one that was registered in Python. Default: by the options below."""
 
     adaptive_merge_frequency: bool = False
     """Let the results move the number of epochs between merges, beginning with --merge-frequency."""
@@ -170,13 +162,13 @@ class ScheduleOptions(Options):
     """With --adaptive-merge-frequency: most epochs from merge to merge."""
 
     adaptive_window: int = Field(3, ge=2)
-    """With --adaptive-merge-frequency: evaluations from which a trend is told."""
+    """Evaluations from which --adaptive-merge-frequency and --performance-merge-trigger tell a trend."""
 
     performance_merge_trigger: bool = False
     """Merge also between the scheduled epochs, when a locale falls behind or stands still."""
 
     convergence_threshold: float = Field(1e-4, gt=0)
-    """A locale has converged when an evaluation improves by less."""
+    """For the same two: a locale stands still when its metric improves by less from evaluation to evaluation."""
 
     early_stopping_patience: int = Field(0, ge=0)
     """Stop training a locale after so many evaluations without an improvement. 0: never."""

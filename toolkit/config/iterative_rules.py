@@ -151,12 +151,26 @@ def _merging(config: Any) -> Iterator[Conflict]:
 
 @rule
 def _schedule(config: Any) -> Iterator[Conflict]:
-    if not _is_iterative(config) or config.schedule is not None:
+    if not _is_iterative(config):
         return
-    adaptive = ["min_merge_frequency", "max_merge_frequency", "adaptive_window"]
-    yield from does_nothing_without(config, adaptive, "adaptive_merge_frequency")
-    if not config.adaptive_merge_frequency:
+    if config.schedule is not None:
+        if config.adaptive_merge_frequency:
+            names = ("adaptive_merge_frequency", "schedule")
+            yield Conflict(names[:1], names, "excludes schedule; it is another name of schedule: adaptive")
         return
+    yield from does_nothing_without(
+        config, ["min_merge_frequency", "max_merge_frequency"], "adaptive_merge_frequency"
+    )
+    if not config.adaptive_merge_frequency and not config.performance_merge_trigger:
+        for name in ("convergence_threshold", "adaptive_window"):
+            if given(config, name):
+                needed = ("adaptive_merge_frequency", "performance_merge_trigger")
+                yield Conflict((name,), (name, *needed), f"does nothing without {' or '.join(needed)}")
+    if config.adaptive_merge_frequency:
+        yield from _frequencies(config)
+
+
+def _frequencies(config: Any) -> Iterator[Conflict]:
     fewest, most = config.min_merge_frequency, config.max_merge_frequency
     if fewest > most:
         names = ("min_merge_frequency", "max_merge_frequency")

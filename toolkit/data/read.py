@@ -13,6 +13,7 @@ from typing import Any
 from toolkit.config.names import did_you_mean, nearest
 from toolkit.data.files import EVALUATION_SPLITS, SPLIT_NAMES, SUFFIXES, Table, make_table, read_file
 from toolkit.data.locale_codes import is_locale
+from toolkit.data.samples.catalog import sample_folder
 from toolkit.errors import DataError
 from toolkit.paths import can_only_be_a_path
 
@@ -69,8 +70,9 @@ def open_source(source: str) -> Source:
 
     Raises:
         DataError: nothing of that name here or on the hub, or a folder without data.
+        InputError: ``sample:NAME`` with an unknown name.
     """
-    path = Path(source).expanduser()
+    path = sample_folder(source) or Path(source).expanduser()
     if path.is_dir():
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             return _saved_dataset(path)

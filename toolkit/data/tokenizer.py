@@ -5,6 +5,7 @@ from typing import Any
 
 from toolkit.data import gguf_tokenizer
 from toolkit.errors import ModelError
+from toolkit.modeling.samples.catalog import sample_folder
 from toolkit.paths import can_only_be_a_path
 
 
@@ -24,7 +25,7 @@ def load_tokenizer(config: Any) -> Any:
     from transformers import AutoTokenizer
 
     name = config.tokenizer or config.model
-    path = Path(name).expanduser()
+    path = sample_folder(name) or Path(name).expanduser()
     keywords: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.revision is not None and config.tokenizer is None:  # the revision is the model's
         keywords["revision"] = config.revision

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from toolkit.config.iterative_options import HalfPrecisionOptions
 from toolkit.config.options import LaunchOptions, Options, QuantizationOptions
 from toolkit.dependencies import is_installed
 from toolkit.errors import LaunchError, MissingDependencyError
@@ -205,7 +206,12 @@ def _num_processes(
 def _mixed_precision(
     options: LaunchOptions, gpus: list[devices.Gpu], started: LaunchedWorld | None, notes: list[str]
 ) -> MixedPrecision:
-    asked = options.mixed_precision
+    asked, flag = options.mixed_precision, f"--mixed-precision {options.mixed_precision}"
+    if isinstance(options, HalfPrecisionOptions) and options.fp16:
+        if not gpus:
+            notes.append("mixed precision no: --fp16 is for GPUs")
+            return "no"
+        asked, flag = "fp16", "--fp16"
     given = started.mixed_precision if started else None
     # accelerate launch says "no" also where nobody said anything, so only bf16 and fp16 are somebody's wish.
     if asked == "auto" and given in ("bf16", "fp16"):
@@ -214,9 +220,9 @@ def _mixed_precision(
             notes.append(f"mixed precision {given}: {started.launcher} was told so")
     elif asked != "auto":
         precision = asked
-        notes.append(f"mixed precision {asked}: --mixed-precision")
+        notes.append(f"mixed precision {asked}: {flag.split()[0]}")
         if given is not None and given != asked and started:
-            notes.append(f"--mixed-precision {asked} wins over {given}, which {started.launcher} was told")
+            notes.append(f"{flag} wins over {given}, which {started.launcher} was told")
     elif not gpus:
         precision = "no"
         notes.append("mixed precision no: bf16 is slower on a CPU")

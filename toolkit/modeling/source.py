@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import ModelError
+from toolkit.modeling.samples.catalog import sample_folder
 from toolkit.paths import can_only_be_a_path
 
 
@@ -43,8 +44,9 @@ def find_model(model: str) -> ModelSource:
 
     Raises:
         ModelError: the path does not exist, or is not a model that may be loaded.
+        InputError: ``sample:NAME`` with an unknown name.
     """
-    path = Path(model).expanduser()
+    path = sample_folder(model) or Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return ModelSource(str(path.parent), path.name, True)
     if path.is_dir():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import collection
+from toolkit.cache_folder import cache_folder
 from toolkit.data.samples.locales import DEFAULT_LOCALES, LOCALES, OURS
 from toolkit.errors import InputError
 from toolkit.wheels import Announce, silent
@@ -112,6 +113,49 @@ def make(
             announce=announce,
         )
     return collection.make_folder(Path(out_dir), facts, build, announce=announce)
+
+
+def sample_name(source: str) -> tuple[str, str] | None:
+    """Name and variant in ``sample:NAME`` or ``sample:NAME:VARIANT``; None for data from elsewhere.
+
+    A variant is a locale of ``intents`` or a language of ``conversations``; "" for what is made without.
+
+    Raises:
+        InputError: there is no such data set or variant.
+    """
+    if not source.startswith(collection.SAMPLE_PREFIX):
+        return None
+    name, _, variant = source.removeprefix(collection.SAMPLE_PREFIX).partition(":")
+    if name not in DATA:
+        raise collection.unknown_name("sample data set", name, DATA, hint="meldkit data samples lists them")
+    if variant and name == "intents":
+        _checked("locale", [variant], LOCALES)
+    elif variant:
+        from toolkit.data.samples import conversations
+
+        _checked("language of conversations", [variant], conversations.languages())
+    return name, variant
+
+
+def sample_folder(source: str, *, announce: Announce = silent) -> Path | None:
+    """The folder of ``sample:NAME[:VARIANT]`` in meldkit's cache, made where it is missing; None for data from
+    elsewhere.
+
+    Raises:
+        InputError, RunDirectoryError, MeldkitError: as :func:`make`.
+    """
+    found = sample_name(source)
+    if found is None:
+        return None
+    name, variant = found
+    folder = cache_folder() / "data" / f"{name}-{variant or 'default'}"
+    return make(
+        name,
+        folder,
+        locales=[variant] if variant and name == "intents" else None,
+        languages=[variant] if variant and name == "conversations" else None,
+        announce=silent if collection.is_there(folder) else announce,
+    )
 
 
 def _checked(kind: str, names: Iterable[str], known: Iterable[str]) -> list[str]:

