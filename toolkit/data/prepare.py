@@ -113,7 +113,8 @@ def _layout(table: Table, config: Any, task: str) -> Layout:
 
 
 def shared_label_names(configs: Iterable[Any]) -> list[str]:
-    """The classes of one classifier that several participants train: those of all their training rows.
+    """The classes of one classifier that several participants train: those of all training rows that their data has,
+    whatever ``max_rows`` leaves of them.
 
     Args:
         configs: the data options of each participant.
@@ -123,7 +124,7 @@ def shared_label_names(configs: Iterable[Any]) -> list[str]:
     """
     examples: dict[str, Labelled] = {}
     for config in configs:
-        table, _ = select_tables(config)
+        table, _ = select_tables(config.model_copy(update={"max_rows": None}))
         rows = build_examples(table, _layout(table, config, "sequence-classification"))
         examples |= {example.label: example for example in cast("Sequence[Labelled]", rows)}
     return label_names_of(list(examples.values()))

@@ -18,6 +18,9 @@ from toolkit.rounds.checkpoints import CheckpointStore
 from toolkit.training.contract import ParticipantTrainer, StepStatistics, TrainerSetup, build_trainer
 from toolkit.training.world import assert_world, training_arguments
 
+_IN_BETWEEN = "in-between"
+"""An adapter that lives while the only other one gives way to one of the same name."""
+
 Status = Literal["active", "stopped", "failed"]
 """Trains; has stopped early and keeps what it has; has failed and takes no part any more."""
 
@@ -110,6 +113,8 @@ class TrainerFactory:
         self._is_lora = config.finetuning == "lora"
         self._shared: Any = None
         """The base with the adapters of all participants on it (LoRA)."""
+        self._unused: list[str] = []
+        """Adapters on it whose trainers are gone."""
 
     def build(
         self,
@@ -161,9 +166,15 @@ class TrainerFactory:
     def discard(self, trainer: ParticipantTrainer, adapter: str | None = None) -> None:
         """Let go of a trainer and of what it holds in memory."""
         trainer.close()
-        if self._is_lora and self._shared is not None:
-            self._shared.delete_adapter(adapter or trainer.name)
+        if self._is_lora:
+            self._unused.append(adapter or trainer.name)
+            self._delete_unused()
         gc.collect()  # a trainer and its callbacks refer to each other
+
+    def _delete_unused(self) -> None:
+        """PEFT cannot add an adapter to a model that has lost its last one, so that one stays until the next comes."""
+        while self._unused and len(self._shared.peft_config) > 1:
+            self._shared.delete_adapter(self._unused.pop())
 
     def _model(self, adapter: str | None) -> Any:
         transformers.set_seed(self.config.seed)
@@ -172,7 +183,14 @@ class TrainerFactory:
         if self._shared is None:
             self._shared = self._load_base()
             transformers.set_seed(self.config.seed)
+        if adapter in self._unused:  # the last one, whose name comes back
+            self._shared = add_adapter(self._shared, self.config, name=_IN_BETWEEN)
+            self._delete_unused()
+            self._unused.append(_IN_BETWEEN)
+            transformers.set_seed(self.config.seed)
         self._shared = add_adapter(self._shared, self.config, name=adapter)
+        self._delete_unused()
+        self._shared.set_adapter(adapter)
         return self._shared
 
     def _load_base(self) -> Any:
