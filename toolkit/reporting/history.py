@@ -128,6 +128,9 @@ class History:
 
     def add_step(self, record: StepRecord) -> None:
         row = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "num_steps"}
+        series = self.series.get(record.participant)
+        if series is not None and len(series) and series["step"][-1] >= record.step:
+            self._take_back(record.participant, record.step)
         row["step_seconds"] = round(record.step_seconds, 6)
         row["tokens_per_second"] = round(record.tokens_per_second, 2)
         self._append_step(plain(row))
@@ -152,7 +155,7 @@ class History:
 
     def add_alert(self, record: AlertRecord) -> None:
         entry = plain(dataclasses.asdict(record)) | {"time": now_utc()}
-        self._replace(self.alerts, entry, ("kind", "participant", "step"))
+        self._replace(self.alerts, entry, ("kind", "participant", "step", "message"))
 
     def set_comparison(self, record: ComparisonRecord) -> None:
         self.comparison = plain(dataclasses.asdict(record))
@@ -204,6 +207,11 @@ class History:
         tail = {"evaluations": self.evaluations, "samples": self.samples, "checkpoints": self.checkpoints}
         # Only what a run has: the file of a run without merges is that of a run that knows of none.
         tail |= {name: entries for name in ROUND_LISTS if (entries := getattr(self, name))}
+        if self.is_iterative:
+            head += [
+                f'"{name}": {json.dumps(plain(getattr(self, name)), **_JSON)}'
+                for name in ("rows", "data_check")
+            ]
         if self.comparison is not None:
             head.append(f'"comparison": {json.dumps(self.comparison, **_JSON)}')
         lists = [
@@ -242,6 +250,10 @@ class History:
         self.evaluations = [entry for entry in content["evaluations"] if kept(entry)]
         self.checkpoints = [entry for entry in content["checkpoints"] if kept(entry)]
         self.samples = content["samples"]
+        # A run that is resumed after its last round does not start any more.
+        self.rows = [(label, value) for label, value in content.get("rows", [])]
+        self.data_check = content.get("data_check")
+        self.comparison = content.get("comparison")
         for name in ("merges", "rounds"):
             entries = content.get(name, [])
             setattr(self, name, [e for e in entries if _is_reached(e["steps"], restored_steps)])
@@ -255,6 +267,22 @@ class History:
     def _append_step(self, row: Mapping[str, Any]) -> None:
         self.series.setdefault(row["participant"], Series()).append(row)
         self._step_lines.append(json.dumps(row, **_JSON))
+
+    def _take_back(self, participant: str, step: int) -> None:
+        """Forget a participant's steps from ``step`` on: it was set back to a checkpoint and makes them again."""
+        kept = [
+            row
+            for row in map(json.loads, self._step_lines)
+            if row["participant"] != participant or row["step"] < step
+        ]
+        self._step_lines, self.series[participant] = [], Series()
+        for row in kept:
+            self._step_lines.append(json.dumps(row, **_JSON))
+            if row["participant"] == participant:
+                self.series[participant].append(row)
+        self.evaluations = [
+            e for e in self.evaluations if e["participant"] != participant or e["step"] < step
+        ]
 
     @staticmethod
     def _replace(entries: list[dict[str, Any]], entry: dict[str, Any], key: tuple[str, ...]) -> None:

@@ -34,7 +34,6 @@ def summarize(history: "History") -> dict[str, Any]:
     names = [name for name in history.facts["participants"] if name in history.series]
     names += [name for name in history.series if name not in names]
     all_series = [history.series[name] for name in names]
-    evaluations = history.evaluations
     return {
         **{name: history.facts[name] for name in ("recipe", "title", "status", "num_steps")},
         "started": history.sessions[0]["started"] if history.sessions else None,
@@ -49,7 +48,7 @@ def summarize(history: "History") -> dict[str, Any]:
         ),
         "gpu": _gpu_means(all_series),
         "participants": {
-            name: _participant(history.series[name], [e for e in evaluations if e["participant"] == name])
+            name: _participant(history.series[name], round_metrics.evaluations_and_merges(history, name))
             | (_part_in_rounds(history, name) if history.is_iterative else {})
             for name in names
         },

@@ -184,7 +184,7 @@ class AlertRecord:
     """None: the whole run."""
     step: int | None
     message: str
-    """A sentence that names the participant and the numbers."""
+    """A sentence with the participant, its step and the numbers."""
     values: Mapping[str, float] = field(default_factory=dict)
     """The numbers that it was raised by, thresholds included."""
 

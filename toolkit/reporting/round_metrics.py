@@ -87,20 +87,25 @@ def metric_points(
 
     What a merge gave it comes after the evaluation at the same step.
     """
-    found = []
-    for entry in history.evaluations:
-        if entry["participant"] == participant:
-            found.append((entry["step"], 0, entry["epoch"], entry["metrics"]))
-    for merge in history.merges:
-        if took(merge, participant) and participant in merge["after"]:
-            found.append((merge["steps"].get(participant, 0), 1, merge["epoch"], merge["after"][participant]))
     points = []
-    for step, _, epoch, metrics in sorted(found, key=lambda item: item[:2]):
-        plain_names = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    for entry in evaluations_and_merges(history, participant):
+        plain_names = {name.removeprefix("eval_"): value for name, value in entry["metrics"].items()}
         metric = metric or main_metric(list(plain_names))
         if metric is not None and metric in plain_names:
-            points.append((float(epoch), step, float(plain_names[metric])))
+            points.append((float(entry["epoch"]), entry["step"], float(plain_names[metric])))
     return points
+
+
+def evaluations_and_merges(history: "History", participant: str) -> list[Mapping[str, Any]]:
+    """A participant's evaluations in order, and after those at its step what a merge made of it, as one more."""
+    entries = [entry for entry in history.evaluations if entry["participant"] == participant]
+    for merge in history.merges:
+        if took(merge, participant) and merge["after"].get(participant):
+            step, epoch = merge["steps"].get(participant, 0), merge["epoch"]
+            entries.append(
+                {"step": step, "epoch": epoch, "phase": "merged", "metrics": merge["after"][participant]}
+            )
+    return sorted(entries, key=lambda entry: entry["step"])
 
 
 def curve(series: "Series") -> dict[str, list[float | None]]:

@@ -43,18 +43,24 @@ def merge_title(record: MergeRecord) -> str:
     return f"merge after epoch {record.epoch}: {record.method} of {sources}, {seconds}{attempts} ({record.reason})"
 
 
-def merge_rows(record: MergeRecord) -> list[tuple[str, str, str]]:
+def merge_rows(record: MergeRecord) -> list[tuple[str, str, str, str]]:
     """What it did to each participant: name, metrics before and after, verdict and weights."""
-    rows = []
     names = list(dict.fromkeys([*record.gate, *record.after, *record.before]))
-    for name in names:
-        verdict = record.gate.get(name)
-        weights = record.weights.get(name, {})
-        parts = [verdict or "", weights_in_short(weights)]
-        rows.append((name, change_of_metrics(record, name), "  ".join(part for part in parts if part)))
-    if not any(name in record.weights for name in names):
-        rows += [(target, "", weights_in_short(weights)) for target, weights in record.weights.items()]
-    return rows
+    own = {} if is_shared(record) else record.weights
+    return [
+        (
+            name,
+            change_of_metrics(record, name),
+            record.gate.get(name) or "",
+            weights_in_short(own.get(name, {})),
+        )
+        for name in names
+    ]
+
+
+def is_shared(record: MergeRecord) -> bool:
+    """Whether all receive the same state."""
+    return len(record.weights) == 1 and len(record.gate) > 1
 
 
 def change_of_metrics(record: MergeRecord, participant: str) -> str:
@@ -72,6 +78,11 @@ def merge_lines(record: MergeRecord, *, max_rows: int = MAX_ROWS) -> list[str]:
     """The merge as lines of text; those after the first are details."""
     lines = [merge_title(record)]
     if record.status == "merged":
+        if is_shared(record):
+            targets, weights = next(iter(record.weights.items()))
+            lines.append(
+                f"toward {names_in_short(targets.split(','))}: {weights_in_short(weights, MAX_NAMES)}"
+            )
         lines += aligned(merge_rows(record), max_rows)
     return [*lines, *(f"note: {note}" for note in record.notes)]
 
@@ -96,11 +107,8 @@ def departures(record: RoundRecord, known: set[str]) -> list[tuple[str, str]]:
 
 
 def alert_line(record: AlertRecord) -> str:
-    where = [record.participant] if record.participant else []
-    where += [f"step {record.step}"] if record.step is not None else []
-    return (
-        f"alert ({record.kind.replace('_', ' ')}{', ' if where else ''}{', '.join(where)}): {record.message}"
-    )
+    """``alert (loss explosion): fr-FR, step 120: ...``."""
+    return f"alert ({record.kind.replace('_', ' ')}): {record.message}"
 
 
 def comparison_lines(record: ComparisonRecord) -> list[str]:

@@ -103,7 +103,9 @@ class AlertRules:
         if self._memory_limit_bytes is None:
             self._memory_limit_bytes = resources.memory_limit_bytes()
         limit = self._thresholds.memory_share * self._memory_limit_bytes
-        text = f"the run has taken {size(memory_bytes)} of {size(self._memory_limit_bytes)}"
+        text = (
+            f"{name}, step {step}: the run has taken {size(memory_bytes)} of {size(self._memory_limit_bytes)}"
+        )
         values = {"memory_bytes": memory_bytes, "limit_bytes": self._memory_limit_bytes, "threshold": limit}
         # Of the whole run, whichever participant was training: a peak never falls.
         if memory_bytes > limit and ("memory",) not in self._wrong:
@@ -122,8 +124,8 @@ class AlertRules:
         # Training and held-out loss are different numbers under one kind.
         key = (name, kind, *values)
         if is_wrong and key not in self._wrong:
-            alert = AlertRecord(kind=kind, participant=name, step=step, message=message, values=dict(values))
-            self._emit(alert)
+            text = f"{name}, step {step}: {message}"
+            self._emit(AlertRecord(kind=kind, participant=name, step=step, message=text, values=dict(values)))
         (self._wrong.add if is_wrong else self._wrong.discard)(key)
 
 

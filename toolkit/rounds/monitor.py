@@ -172,7 +172,7 @@ class EnhancedMonitor:
                         kind="participant_failed",
                         participant=name,
                         step=numbers.step,
-                        message=f"left out after an error in epoch {record.epoch}, the others go on: {error}",
+                        message=f"{name} is left out after an error in epoch {record.epoch}: {error}",
                         values={"epoch": record.epoch},
                     )
                 )
