@@ -19,29 +19,10 @@ recipes/configs/centralized_hf.yaml. All of them: meldkit train centralized-hf -
 USAGE
 }
 
-fail() { # message, hint
-    printf 'error: %s\n  hint: %s\n' "$1" "$2" >&2
-    exit 2
-}
-
-has_meldkit() {
-    "$1" -c 'import importlib.metadata as m; m.version("meldkit")' >/dev/null 2>&1
-}
-
-find_python() { # the active environment, the project's .venv, any python: the first that has meldkit
-    local candidate
-    for candidate in "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "${CONDA_PREFIX:+$CONDA_PREFIX/bin/python}" \
-        "$ROOT/.venv/bin/python" python3 python; do
-        if [[ -n $candidate ]] && has_meldkit "$candidate"; then
-            python=$candidate
-            return
-        fi
-    done
-    fail "meldkit is not installed" "run \`make setup\` in $ROOT, or activate the environment that has it"
-}
-
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly ROOT
+# shellcheck source=scripts/find_python.sh disable=SC1091
+source "$ROOT/scripts/find_python.sh"
 framework=hf
 arguments=()
 while (($# > 0)); do

@@ -1,4 +1,4 @@
-"""scripts/run_centralized.sh: what it finds, passes on and says."""
+"""scripts/run_*.sh: what they find, pass on and say."""
 
 import os
 import shutil
@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "run_centralized.sh"
+ITERATIVE = ROOT / "scripts" / "run_iterative_merge.sh"
+SCRIPTS = [SCRIPT, ITERATIVE, ROOT / "scripts" / "find_python.sh"]
 
 
 def run_script(
@@ -22,12 +24,14 @@ def run_script(
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A project with the script and a recipe that prints where it runs and what it got."""
+    """A project with the scripts and recipes that print where they run and what they got."""
     (tmp_path / "scripts").mkdir()
     (tmp_path / "recipes").mkdir()
-    shutil.copy(SCRIPT, tmp_path / "scripts")
+    for script in SCRIPTS:
+        shutil.copy(script, tmp_path / "scripts")
     recipe = "import os, sys\nprint(os.getcwd(), *sys.argv[1:], sep='|')\nsys.exit(75)\n"
-    (tmp_path / "recipes" / "centralized_hf.py").write_text(recipe)
+    for name in ("centralized_hf", "iterative_merge"):
+        (tmp_path / "recipes" / f"{name}.py").write_text(recipe)
     return tmp_path / "scripts" / SCRIPT.name
 
 
@@ -36,10 +40,11 @@ def active_environment() -> dict[str, str]:
     return {"PATH": os.environ["PATH"], "VIRTUAL_ENV": sys.prefix}
 
 
-def test_the_script_is_sound() -> None:
-    assert subprocess.run(["bash", "-n", str(SCRIPT)], check=False).returncode == 0
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_the_script_is_sound(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     shellcheck = Path(sys.executable).parent / "shellcheck"
-    checked = subprocess.run([str(shellcheck), str(SCRIPT)], capture_output=True, text=True, check=False)
+    checked = subprocess.run([str(shellcheck), str(script)], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
 
 
@@ -51,6 +56,22 @@ def test_options_go_on_unchanged_from_where_the_user_stands(
     result = run_script(project, *framework, *options, environ=active_environment, cwd=tmp_path / "recipes")
     assert result.returncode == 75  # the recipe's exit status
     assert result.stdout.rstrip("\n").split("|") == [str(tmp_path / "recipes"), *options]
+
+
+def test_options_of_iterative_merging_go_on_unchanged(
+    project: Path, active_environment: dict[str, str], tmp_path: Path
+) -> None:
+    options = ["--gpu", "0,1", "--locales", "en-US,fr-FR", "--run-name", "two words", "--sample-prompts", ""]
+    script = project.with_name(ITERATIVE.name)
+    result = run_script(script, *options, environ=active_environment, cwd=tmp_path / "recipes")
+    assert result.returncode == 75
+    assert result.stdout.rstrip("\n").split("|") == [str(tmp_path / "recipes"), *options]
+
+
+def test_help_of_iterative_merging_needs_no_installation(project: Path) -> None:
+    result = run_script(project.with_name(ITERATIVE.name), "--help", environ={"PATH": "/usr/bin:/bin"})
+    assert result.returncode == 0
+    assert "--locales en-US,fr-FR,de-DE" in result.stdout
 
 
 def test_help_needs_no_installation(project: Path) -> None:
