@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from toolkit.errors import ConfigError, InputError, MergeError, ModelError
 from toolkit.merging.fisher_files import norm_and_mean, open_fisher
 from toolkit.merging.group import MemoryReader
-from toolkit.merging.memory import merge_state_dicts
+from toolkit.merging.memory import measure_fisher, merge_state_dicts
 from toolkit_kernels import dispatch
 
 SHAPES = {
@@ -385,3 +385,52 @@ def test_thousands_of_merges_are_those_of_fresh_calls(method: str) -> None:
             gc.collect()
             before = process.memory_info().rss
     assert process.memory_info().rss - before < 10e6
+
+
+def test_parts_of_a_merge_in_the_given_order_are_the_merge():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw():
+        return {name: torch.randn(40, 50, generator=generator) for name in ("a", "b")}
+
+    states = [draw() for _ in range(5)]
+    fisher = [{name: tensor**2 for name, tensor in draw().items()} for _ in states]
+    whole = merge_state_dicts(states, "fisher", fisher=fisher, keep_order=True)
+    measures = [measure_fisher(tensors) for tensors in fisher]
+
+    def part(tensors, start, stop):
+        return {"a": tensors["a"].reshape(-1)[start:stop]}
+
+    parts = [
+        merge_state_dicts(
+            [part(state, start, start + 500) for state in states],
+            "fisher",
+            fisher=[part(tensors, start, start + 500) for tensors in fisher],
+            fisher_measures=measures,
+            keep_order=True,
+        )["a"]
+        for start in range(0, 2000, 500)
+    ]
+    assert torch.equal(torch.cat(parts), whole["a"].reshape(-1))
+    alone = merge_state_dicts(
+        [part(state, 0, 500) for state in states], "fisher", fisher=[part(t, 0, 500) for t in fisher]
+    )
+    assert not torch.equal(alone["a"], parts[0])  # norms and means of the part, not of the whole
+
+
+def test_the_given_order_is_kept_when_asked_for():
+    # In float64 1 + 1e16 - 1e16 is 0, and 1e16 - 1e16 + 1 is 1.
+    states = [{"a": torch.tensor([value], dtype=torch.float64)} for value in (1.0, 1e16, -1e16)]
+    sums = {
+        order: merge_state_dicts([states[k] for k in order], weight=1.0, normalize=False, keep_order=True)[
+            "a"
+        ].item()
+        for order in ((0, 1, 2), (1, 2, 0))
+    }
+    assert sums == {(0, 1, 2): 0.0, (1, 2, 0): 1.0}
+
+
+def test_measures_are_of_as_many_fishers():
+    states = [{"a": torch.ones(3)}, {"a": torch.zeros(3)}]
+    with pytest.raises(InputError, match="1 measures for 2 Fishers"):
+        merge_state_dicts(states, "fisher", fisher=states, fisher_measures=[measure_fisher(states[0])])

@@ -4,6 +4,7 @@ Nothing is kept between calls: a loop of ten thousand merges sees each state as 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import fsum, isfinite, sqrt
 from typing import Any
 
@@ -33,6 +34,9 @@ from toolkit_kernels.pool import Pool
 from toolkit_kernels.rules import BLOCK, FisherMean, Piece, Rule, WeightedSum
 from toolkit_kernels.spans import Span
 
+FisherMeasures = Mapping[str, tuple[float, float]]
+"""L2 norm and mean of each tensor of a Fisher."""
+
 
 @torch.no_grad()
 def merge_state_dicts(
@@ -41,6 +45,8 @@ def merge_state_dicts(
     *,
     base: State | None = None,
     fisher: Sequence[State] | None = None,
+    fisher_measures: Sequence[FisherMeasures] | None = None,
+    keep_order: bool = False,
     out: dict[str, torch.Tensor] | None = None,
     out_dtype: torch.dtype | None = None,
     seed: int = 0,
@@ -56,6 +62,10 @@ def merge_state_dicts(
         method: a name of :func:`toolkit.merging.registry.merge_methods`.
         base: theta_0, for methods that work on deltas.
         fisher: K diagonal Fishers (tensors >= 0 by name); a tensor that one of them lacks gets the plain weighted mean.
+        fisher_measures: what :func:`measure_fisher` says of K whole Fishers, where states and Fishers are parts of
+            larger ones; None: of ``fisher``.
+        keep_order: sum up the states as they are given, tensor by tensor and part by part alike; otherwise in an order
+            of their own, which is that of no list (:mod:`toolkit.merging.order`).
         out: tensors that receive the result, e.g. of an earlier call; made where None. They may be those of a state,
             each under its name there.
         out_dtype: of the floating-point tensors of the result; None for that of the first state (or of the base).
@@ -76,9 +86,9 @@ def merge_state_dicts(
         MergeError: a value of the result, or of an input of which it may hide, is NaN or infinite; ``out`` is then
             undefined.
     """
-    chosen = _method(method)
+    chosen = replace(_method(method), ordered=True) if keep_order else _method(method)
     _check(states, base, chosen)
-    _check_fisher(states, fisher, chosen)
+    _check_fisher(states, fisher, fisher_measures, chosen)
     given = {name.rstrip("_"): value for name, value in parameters.items()}
     arguments = chosen.arguments(given, len(states))
     _check_numbers(arguments)
@@ -93,7 +103,8 @@ def merge_state_dicts(
     result = outputs(first, out, out_dtype, ties)
     with Pool(num_threads if device == "cpu" else 1) as pool:
         kernels = dispatch.backend(backend, device)
-        merge = _Merge(chosen, arguments, states, base, fisher, result, seed, kernels, pool, on_progress)
+        shared = (result, seed, kernels, pool, on_progress)
+        merge = _Merge(chosen, arguments, states, base, fisher, fisher_measures, *shared)
         if out is not None:
             check_memory(out, ties, inputs)
             copy_integers(first, out)
@@ -122,6 +133,7 @@ class _Merge:
         states: Sequence[State],
         base: State | None,
         fisher: Sequence[State] | None,
+        measures: Sequence[FisherMeasures] | None,
         result: Mapping[str, torch.Tensor],
         seed: int,
         kernels: Backend,
@@ -129,7 +141,8 @@ class _Merge:
         on_progress: Callable[[int], None] | None,
     ) -> None:
         self.method, self.arguments, self.states, self.base = method, arguments, states, base
-        self.fisher, self.measures = fisher, _measures(fisher, kernels, pool)
+        self.fisher = fisher
+        self.measures = _measures(fisher, kernels, pool) if measures is None else measures
         self.result, self.seed, self.kernels, self.pool = result, seed, kernels, pool
         self.on_progress = on_progress
 
@@ -252,11 +265,18 @@ def _check(states: Sequence[State], base: State | None, method: MergeMethod) -> 
         same_names(states[0], base, "base")
 
 
-def _check_fisher(states: Sequence[State], fisher: Sequence[State] | None, method: MergeMethod) -> None:
+def _check_fisher(
+    states: Sequence[State],
+    fisher: Sequence[State] | None,
+    measures: Sequence[FisherMeasures] | None,
+    method: MergeMethod,
+) -> None:
     if method.needs_fisher and fisher is None:
         raise InputError(f"{method.name} needs the Fisher of every state")
     if fisher is not None and len(fisher) != len(states):
         raise InputError(f"{len(fisher)} Fishers for {len(states)} states")
+    if measures is not None and len(measures) != len(fisher or ()):
+        raise InputError(f"{len(measures)} measures for {len(fisher or ())} Fishers")
     one_device({"state 0": states[0], **_named((), None, fisher)} if states else {})
     for k, tensors in enumerate(fisher or ()):
         for name, tensor in tensors.items():
@@ -280,25 +300,38 @@ def _check_numbers(arguments: Mapping[str, Any]) -> None:
 
 # --- Fisher information
 
-Measures = list[dict[str, tuple[float, float]]]
-"""L2 norm and mean of each tensor of each Fisher."""
+
+@torch.no_grad()
+def measure_fisher(
+    fisher: State, *, backend: str = "auto", num_threads: int | None = None
+) -> dict[str, tuple[float, float]]:
+    """L2 norm and mean of each tensor of one Fisher.
+
+    Raises:
+        ModelError: a value is negative or not finite.
+    """
+    device = str(next(iter(fisher.values())).device) if fisher else "cpu"
+    with Pool(num_threads if device == "cpu" else 1) as pool:
+        return _measures([fisher], dispatch.backend(backend, device), pool)[0]
 
 
-def _measures(fisher: Sequence[State] | None, kernels: Backend, pool: Pool) -> Measures:
+def _measures(
+    fisher: Sequence[State] | None, kernels: Backend, pool: Pool
+) -> list[dict[str, tuple[float, float]]]:
     readers = [
         (k, name, MemoryReader.of(tensor, f"Fisher {k}"))
         for k, tensors in enumerate(fisher or ())
         for name, tensor in tensors.items()
     ]
     found = pool.map(lambda entry: norm_and_mean(entry[2], entry[1], kernels), readers)
-    measures: Measures = [{} for _ in fisher or ()]
+    measures: list[dict[str, tuple[float, float]]] = [{} for _ in fisher or ()]
     for (k, name, _), measure in zip(readers, found, strict=True):
         measures[k][name] = measure
     return measures
 
 
 def _fisher_tensors(
-    name: str, fisher: Sequence[State] | None, measures: Measures
+    name: str, fisher: Sequence[State] | None, measures: Sequence[FisherMeasures]
 ) -> tuple[FisherTensor | None, ...]:
     entries: list[FisherTensor | None] = []
     for k, (tensors, known) in enumerate(zip(fisher or (), measures, strict=True)):
