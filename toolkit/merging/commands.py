@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from toolkit.cache_folder import cache_folder
 from toolkit.config.load import load_for_command
 from toolkit.config.merge_command import NEEDLESS, MergeConfig, RecipeOptions, arguments, num_bytes
 from toolkit.config.option_help import options_help
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from toolkit.merging.plan import MergePlan
     from toolkit.merging.recipes.recipe import MergeRecipe
 
+# In meldkit's cache.
+DIGESTS_NAME = "input-digests.txt"
 HELP_FLAGS = {"-h", "--help"}
 WRONG_INPUT = 2
 USAGE = "meldkit merge RECIPE.yml OUT [--OPTION VALUE ...] | meldkit merge --method NAME --models A B ... --out OUT"
@@ -74,6 +77,7 @@ def _execute(config: MergeConfig, plan: "MergePlan") -> int:
             non_finite=config.non_finite,
             max_shard_bytes=shard_bytes(config),
             hash_inputs=config.hash_inputs,
+            digest_memory=cache_folder() / DIGESTS_NAME if config.remember_hashes else None,
             on_progress=progress.update,
         )
         report = execute(plan, config.out, options)

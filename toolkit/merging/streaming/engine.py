@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from toolkit.durable import file_sha256, sync, write_json, write_text
+from toolkit.durable import sync, write_json, write_text
 from toolkit.errors import Interrupted, MergeError, RunDirectoryError
 from toolkit.merging.plan import MergePlan, tensor_readers
 from toolkit.merging.streaming.compute import Computer, Findings, check_tensor
+from toolkit.merging.streaming.digest_memory import DigestMemory
+from toolkit.merging.streaming.input_digests import Digest, InputDigests
 from toolkit.merging.streaming.inputs import allow_open_files, side_files, weights_files
 from toolkit.merging.streaming.interruption import stop_request
 from toolkit.merging.streaming.layout import Layout, lay_out
@@ -46,6 +48,8 @@ class EngineOptions:
         max_shard_bytes: of tensors in one file.
         weights_name: of the file, without its ending: ``model`` or ``adapter_model``.
         hash_inputs: SHA-256 of every input file, for the report.
+        digest_memory: file in which these are remembered, so that a file that has not changed is not hashed again; None
+            to compute and keep none. With ``verify`` all are computed.
         record_seconds: at least this long between two records of what is finished; 0 records all the time.
         on_progress: called, from any thread, with the bytes of the result that are written so far.
     """
@@ -60,6 +64,7 @@ class EngineOptions:
     max_shard_bytes: int = 5_000_000_000
     weights_name: str = "model"
     hash_inputs: bool = True
+    digest_memory: Path | None = None
     record_seconds: float = 10.0
     on_progress: Callable[[int], None] | None = None
 
@@ -79,28 +84,19 @@ def execute(plan: MergePlan, out: Path, options: EngineOptions | None = None) ->
         check_tensor(tensor)
     inputs, beside = weights_files(plan), side_files(plan)
     refuse_inputs(out, [*(identity.path for identity in (*inputs, *beside)), *plan.depends_on])
-    layout = lay_out(plan.tensors, options.max_shard_bytes, options.weights_name)
-    allow_open_files(inputs, len(layout.shards))
-    digest = digest_of(plan, layout, inputs, beside, device=options.device, non_finite=options.non_finite)
+    memory = None if options.digest_memory is None else DigestMemory(options.digest_memory)
+    hashed = inputs if options.hash_inputs else []
     with (
-        OutputFolder(out, digest, overwrite=options.overwrite) as folder,
         Pool(options.num_threads) as pool,
+        InputDigests(hashed, pool.num_threads, memory, recall=not options.verify) as input_digests,
         stop_request() as stop,
     ):
-        run = _Run(plan, layout, folder, inputs, beside, pool, stop, options, digest)
-        try:
-            run.prepare()
-            run.seconds.planning = time.perf_counter() - started
-            run.merge()
-            return run.finish(started)
-        except (Interrupted, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            failed = _failure(error, folder.staged)
-            run.leave(failed)
-            raise failed from failed.__cause__
-        finally:
-            run.close()
+        layout = lay_out(plan.tensors, options.max_shard_bytes, options.weights_name)
+        allow_open_files(inputs, len(layout.shards))
+        digest = digest_of(plan, layout, inputs, beside, device=options.device, non_finite=options.non_finite)
+        with OutputFolder(out, digest, overwrite=options.overwrite) as folder:
+            run = _Run(plan, layout, folder, inputs, beside, input_digests, pool, stop, options, digest)
+            return run.do(started)
 
 
 def _failure(error: BaseException, staged: Path) -> BaseException:
@@ -122,13 +118,14 @@ class _Run:
         folder: OutputFolder,
         inputs: Sequence[FileIdentity],
         beside: Sequence[FileIdentity],
+        input_digests: InputDigests,
         pool: Pool,
         stop: Callable[[], None],
         options: EngineOptions,
         digest: str,
     ) -> None:
         self.plan, self.layout, self.folder = plan, layout, folder
-        self.inputs, self.beside = inputs, beside
+        self.inputs, self.beside, self.input_digests = inputs, beside, input_digests
         self.pool, self.stop, self.options = pool, stop, options
         self.seconds = Seconds()
         self.findings = Findings()
@@ -145,6 +142,22 @@ class _Run:
         self.resumed = False
         self.notes: list[str] = []
         self.work = Work(self.computer, self.writer, self.progress, group_of, stop, options.on_progress)
+
+    def do(self, started: float) -> Report:
+        """All of it; ``started`` is when planning did."""
+        try:
+            self.prepare()
+            self.seconds.planning = time.perf_counter() - started
+            self.merge()
+            return self.finish(started)
+        except (Interrupted, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            failed = _failure(error, self.folder.staged)
+            self.leave(failed)
+            raise failed from failed.__cause__
+        finally:
+            self.close()
 
     def prepare(self) -> None:
         """The staging folder with files of full size, headers and companions."""
@@ -183,11 +196,13 @@ class _Run:
         self.seconds.merging = time.perf_counter() - started
 
     def finish(self, started: float) -> Report:
-        """Sync, hash, verify, report, commit."""
+        """Sync, wait for digests, verify, report, commit."""
         staged = self.folder.staged
         if self.layout.index is not None:
             write_json(staged / self.layout.index_name, self.layout.index)
-        sha256 = self._sync_and_hash()
+        self._sync_weights()
+        digests = self.input_digests.results(self.stop)
+        self.seconds.hashing = self.input_digests.seconds
         for identity in (*self.inputs, *self.beside):
             identity.check()
         verified = None
@@ -203,34 +218,18 @@ class _Run:
             self.seconds.verifying = time.perf_counter() - before
         self.stop()
         self.seconds.total = time.perf_counter() - started
-        report = self._report(sha256, verified)
+        report = self._report(digests, verified)
         write_text(staged / REPORT_NAME, report.as_json())
         self.folder.refuse_existing()  # here and not only there, as the record is still kept
         self._sync_companions()
         self.folder.commit()
         return report
 
-    def _sync_and_hash(self) -> dict[Path, str]:
-        """The disk writes the output while processors hash the inputs."""
+    def _sync_weights(self) -> None:
         started = time.perf_counter()
-        sha256: dict[Path, str] = {}
-
-        def sync_output() -> None:
-            self.writer.sync()
-            self.progress.flush()
-            self.seconds.syncing = time.perf_counter() - started
-
-        def hash_input(path: Path) -> None:
-            self.stop()
-            sha256[path] = file_sha256(path)
-            self.seconds.hashing = time.perf_counter() - started
-
-        jobs: list[Callable[[], None]] = [sync_output]
-        if self.options.hash_inputs:
-            by_size = sorted(self.inputs, key=lambda identity: -identity.num_bytes)
-            jobs += [lambda path=identity.path: hash_input(path) for identity in by_size]
-        self.pool.map(lambda job: job(), jobs)
-        return sha256
+        self.writer.sync()
+        self.progress.flush()
+        self.seconds.syncing = time.perf_counter() - started
 
     def _sync_companions(self) -> None:
         """Everything beside the weights durable, and readable by whom the umask lets read."""
@@ -248,7 +247,7 @@ class _Run:
         for folder in folders:
             sync(folder)
 
-    def _report(self, sha256: dict[Path, str], verified: Any) -> Report:
+    def _report(self, digests: dict[Path, Digest], verified: Any) -> Report:
         plan, seconds = self.plan, self.seconds
         moved = sum(
             place.num_bytes
@@ -260,7 +259,7 @@ class _Run:
             method=plan.method,
             seed=plan.seed,
             settings=plan.settings,
-            inputs=input_facts(plan, sha256),
+            inputs=input_facts(plan, digests),
             outputs=[
                 {
                     "name": shard.name,

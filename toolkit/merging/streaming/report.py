@@ -11,6 +11,7 @@ from typing import Any
 
 from toolkit.merging.plan import MergePlan
 from toolkit.merging.streaming.compute import Findings
+from toolkit.merging.streaming.input_digests import Digest
 from toolkit.merging.streaming.progress_file import plain, version_of
 from toolkit_kernels.rules import FisherMean
 
@@ -19,7 +20,8 @@ REPORT_NAME = "merge_report.json"
 
 @dataclass(slots=True)
 class Seconds:
-    """Wall time of the parts of a merge. Hashing of the inputs and syncing of the output run at the same time."""
+    """Wall time of the parts of a merge. Inputs are hashed beside everything else: ``hashing`` is from the beginning to
+    the last digest, and no part of the sum."""
 
     planning: float = 0.0
     merging: float = 0.0
@@ -59,7 +61,8 @@ class Report:
         method: name of the method.
         seed: of random masks.
         settings: the recipe.
-        inputs: label, role and files (path, bytes, SHA-256 where they were hashed) of each model.
+        inputs: label, role and files of each model: path, bytes, SHA-256 where it was asked for, and whether that was
+            computed or remembered from an earlier merge of the unchanged file.
         outputs: weights files (name, bytes, SHA-256 where they were verified).
         groups: tensors that share method and parameters: how many, one of them, the effective weights of the models.
         non_finite: NaN and infinite elements in inputs, by file.
@@ -113,16 +116,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version_of(name) or "?" for name in names}
 
 
-def input_facts(plan: MergePlan, sha256: Mapping[Path, str]) -> list[dict[str, Any]]:
+def input_facts(plan: MergePlan, digests: Mapping[Path, Digest]) -> list[dict[str, Any]]:
+    """Models with their files; of a file that was hashed the SHA-256, and whether it was computed or remembered."""
+
+    def facts(path: Path) -> dict[str, Any]:
+        known: dict[str, Any] = {"path": str(path), "num_bytes": path.stat().st_size, "sha256": None}
+        if path in digests:
+            how = "remembered" if digests[path].is_remembered else "computed"
+            known |= {"sha256": digests[path].sha256, "sha256_was": how}
+        return known
+
     return [
-        {
-            "label": model.label,
-            "role": model.role,
-            "files": [
-                {"path": str(path), "num_bytes": path.stat().st_size, "sha256": sha256.get(path)}
-                for path in model.files
-            ],
-        }
+        {"label": model.label, "role": model.role, "files": [facts(path) for path in model.files]}
         for model in plan.inputs
     ]
 
