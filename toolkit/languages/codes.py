@@ -21,7 +21,7 @@ _TWO_LETTERS = """
     tk:tuk tl:tgl tn:tsn to:ton tr:tur ts:tso tt:tat tw:twi ty:tah ug:uig uk:ukr ur:urd uz:uzb ve:ven vi:vie vo:vol
     wa:wln wo:wol xh:xho yi:yid yo:yor za:zha zh:zho zu:zul
 """
-ISO_639_3_OF_1 = dict(pair.split(":") for pair in _TWO_LETTERS.split())
+ISO_639_3_OF_1 = {pair[:2]: pair[3:] for pair in _TWO_LETTERS.split()}
 """ISO 639-1 to ISO 639-3, of the language or of the macrolanguage."""
 RENAMED = {"iw": "heb", "in": "ind", "ji": "yid", "jw": "jav", "mo": "ron"}
 """Codes of ISO 639-1 that were withdrawn and still turn up."""
@@ -29,13 +29,13 @@ _CATALOGUES = """
     alb:sqi arm:hye baq:eus bur:mya chi:zho cze:ces dut:nld fre:fra geo:kat ger:deu gre:ell ice:isl mac:mkd mao:mri
     may:msa per:fas rum:ron slo:slk tib:bod wel:cym
 """
-BIBLIOGRAPHIC = dict(pair.split(":") for pair in _CATALOGUES.split())
+BIBLIOGRAPHIC = {pair[:3]: pair[4:] for pair in _CATALOGUES.split()}
 """ISO 639-2's codes for library catalogues."""
 MACROLANGUAGE = {"ory": "ori", "pbt": "pus", "zlm": "msa"}
 """Languages that the data holds under the macrolanguage only."""
 
 LOCALE = re.compile(
-    r"(?P<language>[a-z]{2,3})(?:[-_](?P<extended>[a-z]{3}))?(?:[-_][a-z]{4})?(?:[-_](?:[a-z]{2}|[0-9]{3}))?",
+    r"(?P<language>[a-z]{2,3})(?:[-_][a-z]{4})?(?:[-_](?:[a-z]{2}|[0-9]{3}))?",
     re.IGNORECASE,
 )
 NUM_SUGGESTIONS = 3
@@ -45,7 +45,7 @@ def iso639_3(locale: str) -> str:
     """The language of a locale as ISO 639-3: sq-AL → sqi, sr-Latn and sr-RS → srp, zh_TW → zho.
 
     Script and region are checked for their form and do not change the language: the data knows languages, not how they
-    are written. Cantonese is ``yue``, ``yue-HK`` or ``zh-yue``; ``zh-HK`` is Chinese. Case does not count.
+    are written. ``zh-HK`` is Chinese, Cantonese is ``yue-HK``. Case does not count.
 
     Raises:
         InputError: no locale (``language[-Script][-REGION]``), or a language that the data lacks; the nearest codes
@@ -56,7 +56,7 @@ def iso639_3(locale: str) -> str:
         raise InputError(
             f"{locale!r} is no locale", hint="language[-Script][-REGION], such as sq-AL, en-US or sr-Latn"
         )
-    language = (found["extended"] or found["language"]).lower()
+    language = found["language"].lower()
     known = uriel.load().number
     for table in (ISO_639_3_OF_1, RENAMED, BIBLIOGRAPHIC, MACROLANGUAGE):
         language = table.get(language, language)

@@ -26,8 +26,8 @@ class AdaptiveMergeScheduler:
     and thresholds of plateau and rising. A merge is due
 
     - when the effective frequency has passed since the last one (``frequency``, or ``adaptive`` where it has moved);
-    - before that, when every active participant has converged, on a whole window of evaluations since the last merge
-      (``convergence``);
+    - before that, when every participant that trains has converged, on a whole window of evaluations since the last
+      merge (``convergence``);
     - before that, with ``performance_trigger``, when a participant falls, falls behind or stands still
       (``performance``);
 
@@ -124,18 +124,19 @@ class AdaptiveMergeScheduler:
             return "none", 1.0, "no participant is active"
         if since >= every and every == self.base_merge_frequency:
             return "frequency", 1.0, f"{since} epochs since the last merge; every {every}"
+        training = self._windows.training(active)
         if since >= every:
             reason = f"{since} epochs since the last merge; every {every} since {self._last_move}"
-            return "adaptive", len(progress) / len(active), reason
+            return "adaptive", len(progress) / max(len(training), 1), reason
         if since < self.min_merge_frequency:
             return "none", 1.0, f"{since} epochs since the last merge; at least {self.min_merge_frequency}"
         converged = [n for n, p in progress.items() if p.has_converged and self._is_fresh(p)]
-        if len(converged) == len(active):
+        if training and len(converged) == len(training):
             return "convergence", 1.0, f"all gained less than {self._windows.threshold:g} per evaluation"
         found = troubled(progress, self._windows.window) if self._performance_trigger else []
         if found:
-            return "performance", len(found) / len(active), "; ".join(trouble.reason for trouble in found)
-        against = 1 - len(converged) / len(active)
+            return "performance", len(found) / len(training), "; ".join(trouble.reason for trouble in found)
+        against = 1 - len(converged) / max(len(training), 1)
         return "none", against, f"{since} epochs since the last merge; every {every}"
 
     def _is_fresh(self, progress: Progress) -> bool:

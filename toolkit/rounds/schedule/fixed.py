@@ -46,7 +46,7 @@ class FixedFrequency:
         elif epoch % self.frequency == 0:
             trigger, reason = "frequency", f"a merge every {self.frequency} epochs"
         elif found:
-            trigger, confidence = "performance", len(found) / len(active)
+            trigger, confidence = "performance", len(found) / len(self._windows.training(active))
             reason = "; ".join(trouble.reason for trouble in found)
         return MergeDecision(
             should_merge=trigger != "none",

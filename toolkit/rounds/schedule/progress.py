@@ -1,7 +1,7 @@
 """What a participant's last evaluations say about it."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +72,13 @@ class ScoreWindows:
         self.threshold = threshold
         self._scores: dict[str, list[tuple[int, float]]] = {}
         self._first_gains: dict[str, float] = {}
+        self._training: list[str] = []
+        """Who was observed last: one that has stopped keeps its scores, and they say nothing any more."""
         self.last_merge_epoch = 0
 
-    def observe(self, observations: Iterable[Observation]) -> bool:
+    def observe(self, observations: Sequence[Observation]) -> bool:
         """Take in scores; whether there was one. Missing and non-finite ones are passed over."""
+        self._training = [observation.participant for observation in observations]
         seen = False
         for observation in observations:
             if observation.score is None or not math.isfinite(observation.score):
@@ -88,10 +91,14 @@ class ScoreWindows:
             del scores[: -self.window]
         return seen
 
+    def training(self, participants: Sequence[str]) -> list[str]:
+        """Those of ``participants`` that still train."""
+        return [participant for participant in participants if participant in self._training]
+
     def progress(self, participants: Sequence[str]) -> dict[str, Progress]:
-        """The progress of those of ``participants`` that have a full window."""
+        """The progress of those of ``participants`` that still train and have a full window."""
         found = {}
-        for participant in participants:
+        for participant in self.training(participants):
             window = self._scores.get(participant, [])
             if len(window) < self.window:
                 continue
@@ -113,6 +120,7 @@ class ScoreWindows:
         return {
             "scores": {name: [list(pair) for pair in scores] for name, scores in self._scores.items()},
             "first_gains": dict(self._first_gains),
+            "training": list(self._training),
             "last_merge_epoch": self.last_merge_epoch,
         }
 
@@ -122,6 +130,7 @@ class ScoreWindows:
             for name, scores in state["scores"].items()
         }
         self._first_gains = {name: float(gain) for name, gain in state["first_gains"].items()}
+        self._training = list(state["training"])
         self.last_merge_epoch = int(state["last_merge_epoch"])
 
 

@@ -44,8 +44,8 @@ class MergeDecision:
 
     Args:
         should_merge: the answer.
-        confidence: 1 where a rule of epochs decided; else the share of the active participants whose evaluations speak
-            for the answer.
+        confidence: 1 where a rule of epochs decided; else the share of the participants that train whose evaluations
+            speak for the answer.
         reason: one sentence for a person.
         metrics: the numbers that it was decided on.
         recommended_frequency: epochs from merge to merge that the schedule holds right now.
@@ -64,11 +64,12 @@ class Schedule(Protocol):
     """Decides after every epoch whether to merge. Its state is JSON; with the state restored, it decides the same."""
 
     def observe(self, observations: Sequence[Observation]) -> None:
-        """Take in what the active participants reached in the epoch that is over."""
+        """Take in what the participants that train reached in the epoch that is over."""
         ...
 
     def decide(self, epoch: int, active: Sequence[str]) -> MergeDecision:
-        """Whether to merge after ``epoch`` epochs, with ``active`` the participants that would."""
+        """Whether to merge after ``epoch`` epochs, with ``active`` the participants that would: those that train, and
+        those that have stopped early and keep what they have."""
         ...
 
     def record_merge(self, epoch: int, accepted: Mapping[str, bool]) -> None:
