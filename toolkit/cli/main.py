@@ -1,6 +1,8 @@
 """`meldkit`: find the command and hand it its arguments. What a command needs is imported when it is
 called."""
 
+import gc
+import os
 from collections.abc import Callable
 
 from toolkit.cli.failures import INPUT_WRONG, guarded
@@ -9,6 +11,11 @@ from toolkit.terminal import err, out
 
 HELP_WORDS = ("-h", "--help", "help")
 Command = Callable[[list[str]], int]
+# Read when pydantic and numpy are imported: no search through all packages for plugins of pydantic, and threads of BLAS
+# that sleep until there is work rather than spin on the cores that read the models.
+QUICK_IMPORTS = {"PYDANTIC_DISABLE_PLUGINS": "__all__", "OPENBLAS_THREAD_TIMEOUT": "4"}
+# New objects between two searches for garbage. Importing and planning make many, and none is garbage.
+OBJECTS_BETWEEN_COLLECTIONS = 50_000
 
 
 def main(argv: list[str]) -> int:
@@ -56,6 +63,9 @@ def _train(argv: list[str]) -> int:
 
 
 def _merge(argv: list[str]) -> int:
+    for name, value in QUICK_IMPORTS.items():
+        os.environ.setdefault(name, value)
+    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     from toolkit.merging.commands import merge
 
     return merge(argv)
