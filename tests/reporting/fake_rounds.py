@@ -230,7 +230,7 @@ class FakeRounds:
                 "last merge",
                 "best source",
                 "iterative",
-                "difference",
+                "improvement",
                 "verdict",
             ],
             rows=rows,

@@ -135,7 +135,7 @@ def test_bars_fit_the_terminal(fake_run, width, count):
         assert all("loss" in line for line in lines)
     else:
         # The newest are shown.
-        assert lines[-2].lstrip().startswith(names[-1])
+        assert lines[-2].startswith(f"▶ {names[-1]}")
         assert "and 13 more" in lines[-1]
 
 

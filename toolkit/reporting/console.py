@@ -20,20 +20,18 @@ from toolkit.reporting import round_wording, wording
 from toolkit.reporting.log_file import RUN_RECORD
 from toolkit.reporting.progress import Progress, ProgressBars
 from toolkit.reporting.records import (
-    AlertRecord,
     CheckpointRecord,
     ComparisonRecord,
     EvaluationRecord,
     Level,
-    MergeRecord,
     MessageRecord,
     Record,
-    RoundRecord,
     RunEnd,
     RunStart,
     SampleRecord,
     StepRecord,
 )
+from toolkit.reporting.round_view import RoundView, comparison_table
 
 LINE_INTERVAL_SECONDS = 10.0
 MESSAGE_STYLES: dict[Level, str] = {"debug": "dim", "info": "", "warning": "yellow", "error": "bold red"}
@@ -67,6 +65,7 @@ class Console:
             file=self._stream, highlight=False, soft_wrap=False, force_terminal=self._is_live or None
         )
         self._progress: dict[str, Progress] = {}
+        self._rounds = RoundView(self._progress, clock)
         self._bars: ProgressBars | None = None
         self._many = False
         self._num_epochs: float | None = None
@@ -84,13 +83,17 @@ class Console:
         elif isinstance(record, EvaluationRecord):
             label = wording.evaluation_label(record, self._num_epochs)
             metrics = wording.evaluation_metrics(record.metrics, self._train_loss(record))
+            if record.participant in self._progress:
+                self._progress[record.participant].show_metrics(record.metrics)
             self._entry(self._named(record.participant, label), metrics)
+            self._refresh()
         elif isinstance(record, SampleRecord):
             self._entry(self._named(record.participant, f"answer {record.phase} training"), "")
             self._write(Text.assemble("    > ", (one_line(record.prompt), "italic")))
             self._write(Text(f"    {one_line(record.answer) or '(empty answer)'}"))
         elif isinstance(record, CheckpointRecord):
-            if self._level <= logging.INFO:
+            # With many participants they would drown the rest; training.log has them.
+            if self._level <= (logging.DEBUG if self._many else logging.INFO):
                 where = self._named(record.participant, f"step {record.step}")
                 self._entry(where, f"checkpoint {record.path}", style="dim")
         elif isinstance(record, MessageRecord):
@@ -99,22 +102,12 @@ class Console:
             self._handle_start(record)
         elif isinstance(record, RunEnd):
             self._handle_end(record)
+        elif isinstance(record, ComparisonRecord):
+            self._handle_comparison(record)
         else:
-            self._handle_round(record)
-
-    def _handle_round(self, record: MergeRecord | RoundRecord | AlertRecord | ComparisonRecord) -> None:
-        if isinstance(record, AlertRecord):
-            self._write(Text(round_wording.alert_line(record), style="bold red"))
-            return
-        if isinstance(record, MergeRecord):
-            lines = round_wording.merge_lines(record)
-            style = "bold red" if record.status == "failed" else "bold magenta"
-        elif isinstance(record, RoundRecord):
-            lines, style = round_wording.round_lines(record), "bold"
-        else:
-            lines, style = ["Comparison:", *round_wording.comparison_lines(record)], "bold"
-        for number, line in enumerate(lines):
-            self._write(Text(f"{'    ' if number else '  '}{line}", style="" if number else style))
+            for line in self._rounds.lines(record):
+                self._write(line)
+            self._refresh()
 
     def say(self, level: Level, text: str) -> None:
         """Show a sentence, if its level is high enough."""
@@ -140,14 +133,18 @@ class Console:
         self._write(Text(""))
         self._write(Text("Training Progress:", style="bold"))
         self._progress = {name: Progress(name, record.num_epochs) for name in record.participants}
+        self._rounds = RoundView(self._progress, self._clock)
         if self._is_live:
-            self._bars = ProgressBars(self._rich, self._progress, clock=self._clock)
+            self._bars = ProgressBars(
+                self._rich, self._progress, clock=self._clock, footer=self._rounds.footer
+            )
 
     def _handle_step(self, record: StepRecord) -> None:
         progress = self._progress.setdefault(
             record.participant, Progress(record.participant, self._num_epochs)
         )
         progress.update(record)
+        self._rounds.begin()
         if self._bars is not None:
             self._bars.refresh(force=record.step == record.num_steps)
         elif self._is_line_due(progress, record):
@@ -155,6 +152,22 @@ class Console:
             progress.line_step = record.step
             line = wording.step_line(record, seconds_left=progress.seconds_left())
             self._write(Text("  " + self._named(record.participant, line)))
+
+    def _refresh(self) -> None:
+        if self._bars is not None and self._many:
+            self._bars.refresh()
+
+    def _handle_comparison(self, record: ComparisonRecord) -> None:
+        self._stop_bars()
+        self._write(Text(""))
+        self._write(Text("Did merging help?", style="bold"))
+        if self._is_live:
+            self._rich.print(comparison_table(record))
+        else:
+            for line in round_wording.aligned([record.columns, *record.rows]):
+                self._write(Text(line))
+        for note in record.notes:
+            self._write(Text(note, style="dim"))
 
     def _is_line_due(self, progress: Progress, record: StepRecord) -> bool:
         """First, last, each tenth of the way, and about every 10 s; less often the longer the run takes."""
@@ -206,6 +219,7 @@ class Console:
     def _stop_bars(self) -> None:
         if self._bars is not None:
             self._bars.stop()
+            self._bars = None
 
 
 class _LibraryMessages(logging.Handler):

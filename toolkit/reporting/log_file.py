@@ -25,7 +25,6 @@ from toolkit.reporting.records import (
 # Records of the run carry this attribute: the console shows them in its own way and skips them here.
 RUN_RECORD = "meldkit_run_record"
 STEP_RECORD = "meldkit_step_record"
-MAX_LINES = 1000
 LIBRARIES = ("py.warnings", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "torch")
 
 
@@ -125,7 +124,7 @@ class LogFile:
     def _handle_round(self, record: MergeRecord | RoundRecord | AlertRecord | ComparisonRecord) -> None:
         level = logging.INFO
         if isinstance(record, MergeRecord):
-            lines = round_wording.merge_lines(record, max_rows=MAX_LINES)
+            lines = round_wording.merge_lines(record, is_complete=True)
             level = logging.WARNING if record.status == "failed" else logging.INFO
         elif isinstance(record, RoundRecord):
             lines = round_wording.round_lines(record)

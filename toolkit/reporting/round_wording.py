@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.cells import cell_len
 
 from toolkit.reporting.records import AlertRecord, ComparisonRecord, MergeRecord, RoundRecord
+from toolkit.reporting.round_metrics import main_metric
 from toolkit.reporting.wording import duration, is_metric, number
 
 MAX_NAMES = 8
@@ -43,14 +44,14 @@ def merge_title(record: MergeRecord) -> str:
     return f"merge after epoch {record.epoch}: {record.method} of {sources}, {seconds}{attempts} ({record.reason})"
 
 
-def merge_rows(record: MergeRecord) -> list[tuple[str, str, str, str]]:
+def merge_rows(record: MergeRecord, *, all_metrics: bool) -> list[tuple[str, str, str, str]]:
     """What it did to each participant: name, metrics before and after, verdict and weights."""
     names = list(dict.fromkeys([*record.gate, *record.after, *record.before]))
     own = {} if is_shared(record) else record.weights
     return [
         (
             name,
-            change_of_metrics(record, name),
+            change_of_metrics(record, name, all_metrics=all_metrics),
             record.gate.get(name) or "",
             weights_in_short(own.get(name, {})),
         )
@@ -63,19 +64,25 @@ def is_shared(record: MergeRecord) -> bool:
     return len(record.weights) == 1 and len(record.gate) > 1
 
 
-def change_of_metrics(record: MergeRecord, participant: str) -> str:
-    """``accuracy 0.9312 -> 0.9344, loss 0.2100 -> 0.2000``."""
+def change_of_metrics(record: MergeRecord, participant: str, *, all_metrics: bool) -> str:
+    """``accuracy 0.9312 -> 0.9344, loss 0.2100 -> 0.2000``, or the first of them."""
     before, after = record.before.get(participant, {}), record.after.get(participant, {})
+    names = [name for name in dict.fromkeys([*before, *after]) if is_metric(name)]
+    if not all_metrics:
+        names = [name for name in names if name.removeprefix("eval_") == main_metric(names)]
     texts = []
-    for name in dict.fromkeys([*before, *after]):
-        if is_metric(name):
-            known = [number(metrics[name]) for metrics in (before, after) if name in metrics]
-            texts.append(f"{name.removeprefix('eval_')} {' -> '.join(known)}")
+    for name in names:
+        known = [number(metrics[name]) for metrics in (before, after) if name in metrics]
+        texts.append(f"{name.removeprefix('eval_')} {' -> '.join(known)}")
     return ", ".join(texts)
 
 
-def merge_lines(record: MergeRecord, *, max_rows: int = MAX_ROWS) -> list[str]:
-    """The merge as lines of text; those after the first are details."""
+def merge_lines(record: MergeRecord, *, is_complete: bool = False) -> list[str]:
+    """The merge as lines of text; those after the first are details.
+
+    Args:
+        is_complete: all participants and metrics, else the first ones and the main one.
+    """
     lines = [merge_title(record)]
     if record.status == "merged":
         if is_shared(record):
@@ -83,7 +90,7 @@ def merge_lines(record: MergeRecord, *, max_rows: int = MAX_ROWS) -> list[str]:
             lines.append(
                 f"toward {names_in_short(targets.split(','))}: {weights_in_short(weights, MAX_NAMES)}"
             )
-        lines += aligned(merge_rows(record), max_rows)
+        lines += aligned(merge_rows(record, all_metrics=is_complete), None if is_complete else MAX_ROWS)
     return [*lines, *(f"note: {note}" for note in record.notes)]
 
 
