@@ -69,9 +69,7 @@ def test_what_is_no_locale_is_refused(locale: str) -> None:
     assert "sq-AL" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize(
-    "locale", [locale for locale in ("sq-AL", "sr-Latn-RS", "fil-PH", "es-419") if LOCALE]
-)
+@pytest.mark.parametrize("locale", ["sq-AL", "sr-Latn-RS", "fil-PH", "es-419"])
 def test_what_the_options_accept_is_read(locale: str) -> None:
     assert LOCALE.fullmatch(locale)
     iso639_3(locale)

@@ -136,9 +136,9 @@ def weights_for(name: str, inputs: WeightingInputs) -> dict[str, float]:
         InputError: no such weighting, or it cannot weigh these sources.
     """
     numbers = _numbers(name, inputs)
-    # Divided by the largest one first: a sum of very large or very small numbers is not finite or not exact.
-    largest = max(numbers.values())
-    scaled = {source: number / largest for source, number in numbers.items()}
+    # By a power of two, which rounds nothing: the sum of very large or very small numbers has no float64.
+    _, exponent = math.frexp(max(numbers.values()))
+    scaled = {source: math.ldexp(number, -exponent) for source, number in numbers.items()}
     total = math.fsum(scaled.values())
     return {source: number / total for source, number in scaled.items()}
 

@@ -15,7 +15,7 @@ def similarity(inputs: WeightingInputs) -> Mapping[str, float]:
 
     n_k = s(target, k), with s of ``toolkit.languages`` over ``similarity_features``. ``similarity_measure: shifted``
     takes (s + 1) / 2 instead. ``similarity_top_k`` keeps the k sources that are most similar to the target (the target
-    itself is one of them where it merges; the first one given where two are equal) and gives the others zero.
+    itself is the first of them where it merges; of equal ones the first given stay) and gives the others zero.
 
     ``similarity_sinkhorn: t`` balances first. The matrix has a row for every source and the target and a column for
     every source, each row cut to its own top k; t times, each column is divided by its sum and multiplied by rows /
@@ -46,15 +46,19 @@ def similarity(inputs: WeightingInputs) -> Mapping[str, float]:
 
 
 def top_k(alike: np.ndarray, k: int) -> np.ndarray:
-    """``alike`` with all but the k largest values of each row set to zero; of equal ones the first stay.
+    """``alike`` with all but the k largest values of each row set to zero.
+
+    A language's own column (its number is the row's) comes first; of other equal ones the first stay.
 
     Args:
-        alike: [R, C] float64.
+        alike: [R, C] float64, R >= C.
         k: at least 1; a k of C or more keeps everything.
     """
     if k < 1:
         raise InputError(f"similarity_top_k is {k}; at least 1")
-    ranks = np.argsort(np.argsort(-alike, axis=1, kind="stable"), axis=1, kind="stable")
+    order = alike.copy()
+    np.fill_diagonal(order, np.inf)
+    ranks = np.argsort(np.argsort(-order, axis=1, kind="stable"), axis=1)
     return np.where(ranks < k, alike, 0.0)
 
 
