@@ -39,6 +39,12 @@ def test_bash_completes_commands_recipes_options_and_choices(complete):
     assert complete("meldkit train centralized-hf --load-in") == {"--load-in-4bit", "--load-in-8bit"}
     assert complete("meldkit train centralized-hf --no-pack") == {"--no-packing"}
     assert complete("meldkit train centralized-hf --quant-type n") == {"nf4"}
+    assert complete("meldkit train iter") == {"iterative-merge"}
+    assert complete("meldkit train iterative-merge --merge-s") == {"--merge-scope"}
+    assert complete("meldkit train iterative-merge --merge-scope e") == {"each"}
+    assert complete("meldkit train iterative-merge --enable") == {"--enable-auto-recovery", "--enable-wandb"}
+    assert complete("meldkit train iterative-merge --wandb") == {"--wandb-project"}
+    assert complete("meldkit train iterative-merge --max-s") == set()  # --max-steps has no place there
     assert complete("meldkit data ch") == {"check"}
     assert complete("meldkit data check --max-le") == {"--max-length", "--max-leaks"}
     assert complete("meldkit data check --loss-on as") == {"assistant"}

@@ -3,6 +3,7 @@
 import pytest
 
 RECIPE = ["train", "centralized-hf"]
+ITERATIVE = ["train", "iterative-merge"]
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,11 @@ RECIPE = ["train", "centralized-hf"]
         ([*RECIPE, "--config", "nowhere.yaml"], 2),
         ([*RECIPE, "--trainer-args", "neftune_alpha=5"], 2),
         (RECIPE, 2),  # the guide's files are not there
+        ([*ITERATIVE, "--help"], 0),
+        ([*ITERATIVE, "--print-config"], 0),
+        ([*ITERATIVE, "--locales", "en-US,fr-FR", "--gate-tolerance", "1"], 2),
+        ([*ITERATIVE, "--locales", "en-US,am-ET", "--weight-calculation", "average", "--dry-run"], 2),
+        ([*ITERATIVE, "--locales", "en-US,fr-FR", "--weight-calculation", "average", "--dry-run"], 0),
         (["data", "--help"], 0),
         (["data", "check", "--help"], 0),
         (["data", "preview", "--help"], 0),
@@ -39,6 +45,11 @@ RECIPE = ["train", "centralized-hf"]
 )
 def test_nothing_heavy_is_imported(heavy_imports, argv, status):
     assert heavy_imports(argv) == (status, [])
+
+
+@pytest.mark.parametrize("flags", [[], ["--merge-algorithm", "ties"]])
+def test_similarities_and_methods_are_looked_up_with_numpy_alone(heavy_imports, flags):
+    assert heavy_imports([*ITERATIVE, "--locales", "en-US,fr-FR", *flags, "--dry-run"]) == (0, ["numpy"])
 
 
 def test_the_probe_sees_an_import(heavy_imports, monkeypatch, tmp_path):

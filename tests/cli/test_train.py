@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.cli.train import run_recipe
+from toolkit.cli.train import RUNS, run_recipe
 from toolkit.config.load import load
-from toolkit.config.recipes import CentralizedConfig
+from toolkit.config.recipes import RECIPES, CentralizedConfig
 from toolkit.errors import Interrupted, NonFiniteLossError
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +49,12 @@ def recipe_run(monkeypatch):
         return calls
 
     return install
+
+
+def test_every_recipe_has_a_module_that_runs_it():
+    assert RUNS.keys() == RECIPES.keys()
+    assert [name for name in RUNS.values() if importlib.util.find_spec(name) is None] == []
+    assert [n for n in RECIPES if not (ROOT / "recipes" / f"{n.replace('-', '_')}.py").is_file()] == []
 
 
 def test_print_config_is_a_configuration(capsys):
