@@ -162,7 +162,7 @@ class Console:
         self._write(Text(""))
         self._write(Text("Did merging help?", style="bold"))
         if self._is_live:
-            self._rich.print(comparison_table(record))
+            self._rich.print(comparison_table(record, self._rich.width))
         else:
             for line in round_wording.aligned([record.columns, *record.rows]):
                 self._write(Text(line))

@@ -1,7 +1,9 @@
 """What a terminal shows of rounds: merges, alerts and the comparison as styled lines, and a line for the whole run."""
 
+import re
 from collections.abc import Callable, Mapping
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -10,6 +12,7 @@ from toolkit.reporting.progress import Progress, seconds_left_of_all
 from toolkit.reporting.records import AlertRecord, ComparisonRecord, MergeRecord, RoundRecord
 
 RoundEvent = MergeRecord | RoundRecord | AlertRecord
+BREAK = re.compile(r" (\[.*|[^ ]+)$")
 VERDICT_STYLES = {"helped": "green", "hurt": "red", "no difference": "dim"}
 GATE_STYLES = {"accepted": "green", "rejected": "yellow"}
 MERGE_STYLES = {"merged": "bold magenta", "skipped": "dim", "failed": "bold red"}
@@ -88,17 +91,18 @@ class RoundView:
         ]
 
 
-def comparison_table(record: ComparisonRecord) -> Table:
-    """The comparison for a terminal of any width: cells break at spaces where it is narrow."""
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="cyan")
-    for number, column in enumerate(record.columns):
-        # An interval in brackets stays on one line, and so does the verdict.
-        intervals = [row[number].rpartition(" [")[2] for row in record.rows if " [" in row[number]]
-        is_verdict = number == len(record.columns) - 1
-        table.add_column(column, min_width=max(map(len, intervals), default=0) + 1, no_wrap=is_verdict)
+def comparison_table(record: ComparisonRecord, width: int) -> Table:
+    """The comparison in ``width`` columns: where they are few, every cell breaks before its last word or bracket."""
+    natural = sum(max(map(cell_len, column)) + 2 for column in zip(record.columns, *record.rows, strict=True))
+    is_narrow = natural > width
+    table = Table(box=None, padding=(0, 1 if is_narrow else 2, 0, 0), pad_edge=False, header_style="cyan")
+    for column in record.columns:
+        table.add_column(column.replace(" ", "\n") if is_narrow else column)
     for row in record.rows:
         *cells, verdict = row
-        table.add_row(*cells, Text(verdict, style=VERDICT_STYLES.get(verdict, "")))
+        if is_narrow:
+            cells = [BREAK.sub(r"\n\1", cell) for cell in cells]
+        table.add_row(*map(Text, cells), Text(verdict, style=VERDICT_STYLES.get(verdict, "")))
     return table
 
 
