@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.dependencies import is_installed
 from toolkit.errors import MissingDependencyError
-from toolkit.reporting.records import EvaluationRecord, Record, RunEnd, RunStart, StepRecord
+from toolkit.reporting.records import EvaluationRecord, MergeRecord, Record, RunEnd, RunStart, StepRecord
+from toolkit.reporting.wording import is_metric
 
 if TYPE_CHECKING:
     from toolkit.reporting.listeners import Listener, ReportingConfig
@@ -65,6 +66,29 @@ def scalars(record: StepRecord | EvaluationRecord) -> dict[str, float]:
     return {tag: value for tag, value in values.items() if value is not None}
 
 
+def merge_scalars(record: MergeRecord) -> dict[str, dict[str, float]]:
+    """What a tracker shows of a merge: participant to tag to value. Nothing of a merge that was not made."""
+    if record.status != "merged":
+        return {}
+    shared = next(iter(record.weights.values())) if len(record.weights) == 1 else {}
+    values: dict[str, dict[str, float]] = {}
+    for name, verdict in record.gate.items():
+        values[name] = {
+            "merge/epoch": record.epoch,
+            "merge/seconds": record.seconds,
+            "merge/attempts": record.attempts,
+            "merge/num_participants": len(record.participants),
+            "merge/is_accepted": float(verdict != "rejected"),
+        }
+        weights = record.weights.get(name, shared)
+        values[name] |= {f"merge_weight/{source}": weight for source, weight in weights.items()}
+        for when, metrics in (("before", record.before), ("after", record.after)):
+            for metric, value in metrics.get(name, {}).items():
+                if is_metric(metric):
+                    values[name][f"merge/{metric.removeprefix('eval_')}_{when}"] = value
+    return values
+
+
 class TensorBoard:
     """Event files in ``<run_dir>/<participant>/logs``, written with TensorBoard's own record writer.
 
@@ -79,7 +103,13 @@ class TensorBoard:
 
     def handle(self, record: Record) -> None:
         if isinstance(record, StepRecord | EvaluationRecord):
-            self._file(record.participant).add(record.step, scalars(record))
+            file = self._file(record.participant)
+            if isinstance(record, StepRecord):
+                file.expect_after(record.step)
+            file.add(record.step, scalars(record))
+        elif isinstance(record, MergeRecord):
+            for name, values in merge_scalars(record).items():
+                self._file(name).add(record.steps[name], values)
         elif isinstance(record, RunEnd):
             self.flush()
 
@@ -116,10 +146,20 @@ class _EventFile:
         self._writer = RecordWriter(self._stream)
         self._flushed_at = time.monotonic()
         self._write(file_version="brain.Event:2")
+        self._last_step = 0
         if purge_step is not None:
-            start = self._proto.SessionLog(status=self._proto.SessionLog.START)
-            self._write(step=purge_step, session_log=start)
+            self._purge_from(purge_step)
         self.flush()
+
+    def expect_after(self, step: int) -> None:
+        """Say that a participant was set back, where ``step`` is not beyond the one before."""
+        if step <= self._last_step:
+            self._purge_from(step)
+        self._last_step = step
+
+    def _purge_from(self, step: int) -> None:
+        start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._write(step=step, session_log=start)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         summary = self._summary_proto.Summary()
@@ -184,6 +224,8 @@ class RunTracker:
                 f"{prefix}{tag}": value for tag, value in scalars(record).items() if math.isfinite(value)
             }
             self._run.log({**values, f"{prefix}train/step": record.step})
+        elif isinstance(record, MergeRecord) and self._run is not None:
+            self._log_merge(record)
         elif isinstance(record, RunEnd):
             self._status = record.status
 
@@ -199,6 +241,12 @@ class RunTracker:
         else:
             run.finish()
 
+    def _log_merge(self, record: MergeRecord) -> None:
+        for name, values in merge_scalars(record).items():
+            prefix = "" if self._is_alone else f"{name}/"
+            finite = {f"{prefix}{tag}": value for tag, value in values.items() if math.isfinite(value)}
+            self._run.log({**finite, f"{prefix}train/step": record.steps[name]})
+
     def _begin(self, record: RunStart) -> None:
         module = importlib.import_module(self._module_name)
         options: dict[str, Any] = {"project": self._project, "name": self._run_name, "config": self._values}
@@ -211,7 +259,7 @@ class RunTracker:
         if self._module_name == "wandb":
             for name in [""] if self._is_alone else [f"{p}/" for p in record.participants]:
                 self._run.define_metric(f"{name}train/step", hidden=True)
-                for group in ("train", "eval", "speed", "memory", "gpu"):
+                for group in ("train", "eval", "speed", "memory", "gpu", "merge", "merge_weight"):
                     self._run.define_metric(f"{name}{group}/*", step_metric=f"{name}train/step")
 
     def _identity(self) -> str:
