@@ -28,9 +28,33 @@ def tiny_llama(seed: int = 0, **overrides):
     return model
 
 
+def tiny_encoder(seed: int = 0, **overrides):
+    from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+    torch.manual_seed(seed)
+    values = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "num_labels": 5,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return XLMRobertaForSequenceClassification(XLMRobertaConfig(**(values | overrides)))
+
+
 @pytest.fixture
 def make_model():
     return tiny_llama
+
+
+@pytest.fixture
+def make_encoder():
+    return tiny_encoder
 
 
 @pytest.fixture(scope="session")
@@ -46,33 +70,25 @@ def tiny_tokenizer():
     )
 
 
+def ragged_rows(number: int, seed: int = 0, *, num_classes: int | None = None):
+    """Rows of 6 to 19 token ids. The first third of each is prompt (label -100); with ``num_classes`` the label is a
+    class."""
+    import datasets
+
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(number):
+        length = int(torch.randint(6, 20, (), generator=generator))
+        ids = torch.randint(4, 64, (length,), generator=generator).tolist()
+        prompt = length // 3
+        labels = [-100] * prompt + ids[prompt:] if num_classes is None else sum(ids) % num_classes
+        made.append({"input_ids": ids, "labels": labels, "length": length})
+    return datasets.Dataset.from_list(made)
+
+
 @pytest.fixture
 def make_rows():
-    """Ragged rows of token ids; the first third of each row is prompt (label -100)."""
-
-    def rows(number: int, seed: int = 0):
-        import datasets
-
-        generator = torch.Generator().manual_seed(seed)
-        made = []
-        for _ in range(number):
-            length = int(torch.randint(6, 20, (), generator=generator))
-            ids = torch.randint(4, 64, (length,), generator=generator).tolist()
-            prompt = length // 3
-            made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "length": length})
-        return datasets.Dataset.from_list(made)
-
-    return rows
-
-
-def pad_collator(rows):
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def padded(key: str, value: int):
-        return torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in rows])
-
-    mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows])
-    return {"input_ids": padded("input_ids", 0), "labels": padded("labels", -100), "attention_mask": mask}
+    return ragged_rows
 
 
 @pytest.fixture
@@ -100,12 +116,23 @@ def make_config():
 @pytest.fixture
 def build(tmp_path, tiny_tokenizer, make_config, make_rows):
     """Build a participant's trainer: build(name, model, adapter=..., rows=..., **config)."""
+    from toolkit.data.collate import Collator
     from toolkit.training.contract import TrainerSetup, build_trainer
 
     def make(
-        name, model, *, adapter="default", rows=None, evaluation=None, seed=7, stop=lambda: False, **overrides
+        name,
+        model,
+        *,
+        adapter="default",
+        rows=None,
+        evaluation=None,
+        seed=7,
+        world=None,
+        stop=lambda: False,
+        **overrides,
     ):
         steps: list = []
+        config = make_config(**overrides)
         setup = TrainerSetup(
             name=name,
             model=model,
@@ -113,10 +140,10 @@ def build(tmp_path, tiny_tokenizer, make_config, make_rows):
             tokenizer=tiny_tokenizer,
             train=make_rows(18) if rows is None else rows,
             evaluation=evaluation,
-            collator=pad_collator,
-            config=make_config(**overrides),
+            collator=Collator(0, config.task),
+            config=config,
             seed=seed,
-            world={"use_cpu": True, "bf16": False},
+            world=world or {"use_cpu": True, "bf16": False},
             staging=tmp_path / f"staging-{name}",
             on_step=steps.append,
             stop_requested=stop,

@@ -20,8 +20,10 @@ def add_adapter(model: Any, config: Any, *, name: str = "default", autocast_dtyp
             tensors of one type only.
 
     Raises:
-        ModelError: ``--lora-target-modules`` matches nothing; the message lists what there is.
+        ModelError: ``--lora-target-modules`` matches nothing; the message lists what there is. Or ``name`` is one
+            that PEFT cannot hold beside the names of the model's own modules.
     """
+    _check_name(model, name)
     lora = lora_config(model, config)
     if isinstance(model, PeftModel):
         model.add_adapter(name, lora, autocast_adapter_dtype=autocast_dtype)
@@ -47,6 +49,21 @@ def lora_config(model: Any, config: Any) -> LoraConfig:
         use_dora=config.use_dora,
         bias="none",
     )
+
+
+def _check_name(model: Any, name: str) -> None:
+    """PEFT finds an adapter's tensors by its name between dots, and keeps them in a ModuleDict."""
+    own = {part for module, _ in model.named_parameters() for part in module.split(".")}
+    taken = isinstance(model, PeftModel) and name in model.peft_config
+    if taken or name in own or "." in name or not name or hasattr(torch.nn.ModuleDict(), name):
+        raise ModelError(
+            f"an adapter cannot have the name {name!r}",
+            hint="give one without a dot that is none of the model's modules, torch's methods and other adapters",
+        )
+    if "lora_" in name:
+        raise ModelError(
+            f"an adapter cannot have the name {name!r}, which contains PEFT's own prefix 'lora_'"
+        )
 
 
 def _check_targets(model: Any, targets: str | list[str]) -> None:

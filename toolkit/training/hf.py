@@ -178,7 +178,12 @@ class HFTrainer:
         self._until_step = min(until_step, self.num_steps)
         if self.step < self._until_step and not accounting.stop_agreed:
             with self.active():
-                self._call.resume()
+                try:
+                    self._call.resume()
+                except BaseException:
+                    # What a failed step leaves would count in the gradient norm of the others on this base.
+                    self._trainer.model.zero_grad()
+                    raise
         return not accounting.stop_agreed
 
     def evaluate(self, rows: Any = None) -> dict[str, float]:
