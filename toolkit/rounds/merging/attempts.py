@@ -8,12 +8,14 @@ from typing import Generic, TypeVar
 
 import torch
 
-from toolkit.errors import MeldkitError, MergeError
+from toolkit.errors import MeldkitError, MergeError, RunError
 
 ResultT = TypeVar("ResultT")
 
 # A merge that ran out of memory or met a disk that failed is tried again after this time, then after twice as long, ...
 FIRST_PAUSE_SECONDS = 0.2
+# How long after its deadline a merge of several ranks may take to agree that it failed.
+GRACE_SECONDS = 10.0
 # What torch's allocator on the CPU says; it raises RuntimeError.
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
@@ -55,12 +57,21 @@ def is_transient(error: BaseException) -> bool:
 
 
 def attempt(
-    function: Callable[[Deadline], ResultT], *, what: str, max_attempts: int, timeout_seconds: float
+    function: Callable[[Deadline], ResultT],
+    *,
+    what: str,
+    max_attempts: int,
+    timeout_seconds: float,
+    is_spread: bool = False,
 ) -> tuple[ResultT, int]:
     """Call ``function`` until it returns, up to ``max_attempts`` times, within ``timeout_seconds`` in all.
 
     It runs in a thread of its own, which is left behind when the time is over: it finds out at its next
     ``deadline.check()``.
+
+    Args:
+        is_spread: ranks do it together. One that is late is waited for a little longer, so that all ranks can agree on
+            what went wrong and stay in step.
 
     Returns:
         What it returned, and the number of attempts.
@@ -68,12 +79,18 @@ def attempt(
     Raises:
         MeldkitError: that it raised, at once.
         MergeError: other errors, after the last attempt; or the time is over.
+        RunError: the time is over and ranks did not agree on it: they are out of step, and the run cannot go on.
     """
     deadline = Deadline(timeout_seconds, what)
     for number in range(1, max_attempts + 1):
         run = _Run(function, deadline)
-        if not run.finished(deadline.remaining()):
-            raise deadline.passed()
+        if not run.finished(deadline.remaining() + (2 * GRACE_SECONDS if is_spread else 0.0)):
+            passed = deadline.passed()
+            raise (
+                RunError(f"{passed.message}; the ranks are out of step", hint=passed.hint)
+                if is_spread
+                else passed
+            )
         if run.error is None:
             return run.result, number
         if isinstance(run.error, MeldkitError):

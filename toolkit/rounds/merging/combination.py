@@ -9,7 +9,7 @@ from torch import Tensor
 
 from toolkit.config.names import did_you_mean
 from toolkit.errors import InputError, MergeError
-from toolkit.merging.memory import merge_state_dicts
+from toolkit.merging.memory import FisherMeasures, merge_state_dicts
 from toolkit.merging.registry import REQUIRED, MergeMethod, merge_methods
 from toolkit.merging.states import State
 from toolkit.rounds.merging.factors import (
@@ -23,25 +23,49 @@ from toolkit.rounds.merging.factors import (
 
 # Names of algorithms of rounds that are methods of the engine with another name.
 ALGORITHMS = {"fisher_dataset": "fisher"}
+# Methods whose elements are weighted means, with weights of 0 and more, of the states' elements.
+MEANS = frozenset({"linear", "fisher", "fisher_simple", "from_optimizer"})
+# Methods that do to an element what they do wherever it lies: a tensor can be merged stretch by stretch.
+ELEMENTWISE = frozenset({"linear", "task_arithmetic", "fisher", "from_optimizer"})
 LORA_MODES = ("auto", "factors", "svd")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """The states of a merge, or the same tensors of each of them.
+class Job:
+    """One result that is wanted of the states.
 
     Attributes:
-        states: of K participants, in a fixed order.
-        weights: their shares.
-        fisher: of each, or None.
-        base: theta_0 of the same tensors.
+        label: of the merge in the run, for random masks and messages.
+        weights: by participant; of all participants.
+        receiver: where participants are spread over ranks, the one whose rank gets the result; None for all ranks.
+    """
+
+    label: str
+    weights: Mapping[str, float]
+    receiver: str | None = None
+
+    def takes(self, participant: str) -> bool:
+        return self.weights.get(participant, 0.0) > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The states of a merge, or the same tensors (or the same stretches of them) of each.
+
+    Attributes:
+        states: of K participants, in the run's order of participants.
+        weights: their shares, above 0.
+        fisher: of each; empty where the method takes none.
+        measures: of each whole Fisher.
+        base: theta_0 of the same tensors, where the method takes one.
         seed: of random masks.
         on_progress: called after each tensor; what it raises ends the merge.
     """
 
     states: Sequence[State]
     weights: Sequence[float]
-    fisher: Sequence[State] | None
+    fisher: Sequence[State]
+    measures: Sequence[FisherMeasures]
     base: State | None
     seed: int
     on_progress: Callable[[int], None] | None = None
@@ -101,6 +125,22 @@ class Combination:
     def uses_weights(self) -> bool:
         return self.method.base_is_a_model or any(p.name == "weight" for p in self.method.parameters)
 
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether stretches of a tensor can be merged one by one (of adapters only what is no factor)."""
+        return self.method.name in ELEMENTWISE
+
+    def convex_names(self, state: State) -> list[str]:
+        """The tensors whose merged elements lie between the smallest and the largest of the states'."""
+        if self.method.name not in MEANS:
+            return []
+        products = {name for pair in factor_pairs(state) for name in (pair.a, pair.b)}
+        return [
+            name
+            for name, tensor in state.items()
+            if tensor.is_floating_point() and not (self.by_products and name in products)
+        ]
+
     def check_number(self, num_states: int) -> None:
         """Raises InputError where the method cannot merge so many states."""
         fewest, most = self.method.num_models
@@ -119,12 +159,14 @@ class Combination:
         return [partners.get(name, [name]) for name in names if name not in seconds]
 
     def combine(self, part: Part) -> Combined:
-        """Merge.
+        """Merge; one state alone is the result as it is.
 
         Raises:
             InputError, ModelError: states do not fit together.
             MergeError: NaN or infinity in an input or the result.
         """
+        if len(part.states) == 1:
+            return Combined({name: tensor.detach().clone() for name, tensor in part.states[0].items()})
         pairs = factor_pairs(part.states[0]) if self.is_lora else []
         rest = list(part.states[0])
         merged: dict[str, Tensor] = {}
@@ -165,6 +207,8 @@ class Combination:
             self.method.name,
             base=base,
             fisher=fisher,
+            fisher_measures=None if fisher is None else part.measures,
+            keep_order=True,
             seed=part.seed,
             on_progress=part.on_progress,
             **parameters,

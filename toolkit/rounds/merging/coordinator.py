@@ -1,22 +1,34 @@
 """Merging the participants of a run: one call for each merge, checked and timed."""
 
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from toolkit.errors import InputError, MeldkitError
-from toolkit.merging.states import State
-from toolkit.rounds.merging import integrity, tied
+from toolkit.errors import InputError, MeldkitError, MergeError
+from toolkit.rounds.merging import integrity
 from toolkit.rounds.merging.attempts import Deadline, attempt
-from toolkit.rounds.merging.combination import Combination, Combined, Part, seed_of
+from toolkit.rounds.merging.combination import Combination, Combined, Job
 from toolkit.rounds.merging.contribution import Contribution, MergeOutcome
-from toolkit.rounds.merging.factors import factor_pairs, summary
+from toolkit.rounds.merging.exchange import NUM_BYTES, Exchange
+from toolkit.rounds.merging.factors import summary
+from toolkit.rounds.merging.here import Here
+from toolkit.rounds.merging.wire import Wire
 
-# Methods whose elements are weighted means, with weights of 0 and more, of the states' elements.
-MEANS = {"linear", "fisher", "fisher_simple", "from_optimizer"}
+DORA = "DoRA: directions and magnitudes are merged apart, which is not the mean of the weights"
+
+
+@dataclass(frozen=True, slots=True)
+class _Merged:
+    """What one attempt comes to: this rank's results by label, and what was checked."""
+
+    jobs: dict[str, Job]
+    results: dict[str, Combined]
+    input_sha256: dict[str, str]
+    output_sha256: dict[str, str]
+    checks: dict[str, Any]
 
 
 class MergeCoordinator:
@@ -28,6 +40,9 @@ class MergeCoordinator:
         base: theta_0 of methods on deltas: the state that all participants started from. A LoRA adapter's has B = 0.
         adapter_config: PEFT's LoraConfig where states are adapters.
         seed: of random masks; every merge gets other ones, by its label.
+        participants: all of the run, in their fixed order; needed where they are spread over ranks.
+        group: torch.distributed's, where they are: every rank calls the methods with its own participants.
+        exchange_bytes: that parts of all participants' states may take together on a rank while they are merged.
 
     Raises:
         InputError: the options do not fit together.
@@ -40,6 +55,9 @@ class MergeCoordinator:
         base: Mapping[str, Tensor] | None = None,
         adapter_config: Any = None,
         seed: int = 0,
+        participants: Sequence[str] = (),
+        group: Any = None,
+        exchange_bytes: int = NUM_BYTES,
     ) -> None:
         self.combination = Combination(
             config.merge_algorithm,
@@ -48,8 +66,12 @@ class MergeCoordinator:
         )
         if self.combination.needs_base and base is None:
             raise InputError(f"{config.merge_algorithm} needs the state that the participants started from")
+        if group is not None and not participants:
+            raise InputError("participants that are spread over ranks need an order")
         self._base = base if self.combination.uses_base else None
-        self._seed = seed
+        self._seed, self._participants, self._group = seed, tuple(participants), group
+        self._exchange_bytes = exchange_bytes
+        self._notes_on_kind = [DORA] if getattr(adapter_config, "use_dora", False) else []
         self._timeout_seconds = float(config.merge_timeout)
         self._max_attempts = config.max_merge_attempts
         self._validate = config.validate_merge_integrity
@@ -58,142 +80,211 @@ class MergeCoordinator:
         """Merge all contributions of a weight above 0 into one state.
 
         Args:
-            contributions: of at least one participant, in a fixed order.
-            label: of this merge in the run ("round 3, en-US"): for messages, and for random masks.
+            contributions: in the run's order of participants; with a group, those of this rank, maybe none.
+            label: of this merge in the run ("round 3"): for messages, and for random masks. Never the same twice.
+
+        Returns:
+            The same outcome on all ranks.
 
         Raises:
             InputError, ModelError: contributions that do not fit together.
             MergeError: NaN or infinity, an integrity check that failed, the time is over, or no attempt succeeded.
+                All ranks raise it.
+            RunError: a rank does not answer; the run cannot go on.
         """
-        started = time.perf_counter()
-        used, notes = self._used(contributions)
-        what = f"merge {label}"
-        (combined, facts), attempts = attempt(
-            lambda deadline: self._merge(used, label, deadline),
-            what=what,
-            max_attempts=self._max_attempts,
-            timeout_seconds=self._timeout_seconds,
-        )
-        checks = dict(facts)
-        if combined.errors:
-            checks["products"] = summary(combined.errors)
-        return MergeOutcome(
-            state=combined.state,
-            weights={entry.participant: entry.weight for entry in contributions},
-            method=self.combination.name,
-            seconds=time.perf_counter() - started,
-            attempts=attempts,
-            input_sha256=checks.pop("input_sha256", {}),
-            output_sha256=checks.pop("output_sha256", ""),
-            integrity=checks,
-            notes=notes,
-        )
+        return self._outcomes(contributions, {label: (None, None)}, label)[label]
+
+    def merge_each(
+        self, contributions: Sequence[Contribution], weights: Mapping[str, Mapping[str, float]], *, label: str
+    ) -> Iterator[tuple[str, MergeOutcome]]:
+        """A mixture of its own for every target, one after another.
+
+        As :meth:`merge` for each target, with every state hashed once and sent once. In one process the next target is
+        merged when it is asked for, so that one result is held at a time; that inputs are unchanged is then checked
+        with the last one.
+
+        Args:
+            contributions: as of :meth:`merge`; their weights do not matter here.
+            weights: target -> participant -> share; the same on every rank. Targets are participants.
+            label: of this merge in the run.
+
+        Yields:
+            Target and outcome; with a group, of this rank's participants.
+
+        Raises:
+            As :meth:`merge`.
+        """
+        wanted = {f"{label}, {target}": (shares, target) for target, shares in weights.items()}
+        targets = {f"{label}, {target}": target for target in weights}
+        if self._group is not None:
+            for name, outcome in self._outcomes(contributions, wanted, label).items():
+                yield targets[name], outcome
+            return
+        hashes: dict[str, str] | None = None
+        for number, (name, job) in enumerate(wanted.items(), start=1):
+            is_last = number == len(wanted)
+            outcome = self._outcomes(contributions, {name: job}, name, hashes, hash_again=is_last)[name]
+            hashes = outcome.input_sha256
+            yield targets[name], outcome
 
     # Inside
 
-    def _used(self, contributions: Sequence[Contribution]) -> tuple[list[Contribution], list[str]]:
-        names = [entry.participant for entry in contributions]
-        if not names or len(set(names)) < len(names):
-            raise InputError(
-                f"a merge needs participants, each once, and was given: {', '.join(names) or 'none'}"
-            )
-        integrity.check_weights({entry.participant: entry.weight for entry in contributions})
-        used = [entry for entry in contributions if entry.weight > 0]
-        notes = []
-        if left_out := [entry.participant for entry in contributions if not entry.weight]:
-            notes.append(f"left out, with weight 0: {', '.join(left_out)}")
-        if len(used) == 1:
-            notes.append(f"{used[0].participant} is alone: its own state is the result")
-            return used, notes
-        method = self.combination.method
-        self.combination.check_number(len(used))
-        without = [entry.participant for entry in used if entry.fisher is None]
-        if method.needs_fisher and without:
-            raise InputError(f"{method.name} weighs by a Fisher, which {', '.join(without)} did not bring")
-        if not self.combination.uses_weights:
-            notes.append(f"{method.name} takes no weights: they only decide who takes part")
-        return used, notes
+    def _outcomes(
+        self,
+        contributions: Sequence[Contribution],
+        wanted: Mapping[str, tuple[Mapping[str, float] | None, str | None]],
+        label: str,
+        hashes: dict[str, str] | None = None,
+        *,
+        hash_again: bool = True,
+    ) -> dict[str, MergeOutcome]:
+        """Outcomes by label. ``wanted``: label -> weights (None for the contributions' own) and receiver."""
+        started = time.perf_counter()
 
-    def _merge(
-        self, used: Sequence[Contribution], label: str, deadline: Deadline
-    ) -> tuple[Combined, dict[str, Any]]:
-        facts: dict[str, Any] = {}
-        states = {entry.participant: entry.state for entry in used}
-        if self._validate:
-            integrity.check_alike(states)
-            facts["input_sha256"] = self._hashes(states, deadline)
+        def once(deadline: Deadline) -> _Merged:
+            return self._once(contributions, wanted, hashes, deadline, hash_again=hash_again)
+
         try:
-            combined = self._combine(used, label, deadline)
-        except MeldkitError as error:
-            error.message = f"merge {label}: {_named(error.message, list(states))}"
-            raise
-        if self._validate:
-            facts |= self._validated(used, combined.state, facts["input_sha256"], deadline)
-        return combined, facts
-
-    def _combine(self, used: Sequence[Contribution], label: str, deadline: Deadline) -> Combined:
-        first = used[0].state
-        if len(used) == 1:
-            return Combined({name: tensor.detach().clone() for name, tensor in first.items()})
-        fishers = [entry.fisher or {} for entry in used]
-        repeated = (
-            {} if self.combination.is_lora else tied.tied_names([entry.state for entry in used], fishers)
-        )
-        combined = self.combination.combine(
-            Part(
-                states=[tied.without(entry.state, repeated) for entry in used],
-                weights=[entry.weight for entry in used],
-                fisher=[tied.without(fisher, repeated) for fisher in fishers],
-                base=None if self._base is None else tied.without(self._base, repeated),
-                seed=seed_of(self._seed, label),
-                on_progress=deadline.check,
+            merged, attempts = attempt(
+                once,
+                what=f"merge {label}",
+                max_attempts=self._max_attempts,
+                timeout_seconds=self._timeout_seconds,
+                is_spread=self._group is not None,
             )
-        )
-        return Combined(tied.restored(combined.state, repeated, list(first)), combined.errors)
-
-    def _hashes(self, states: Mapping[str, State], deadline: Deadline) -> dict[str, str]:
-        hashes = {}
-        for participant, state in states.items():
-            hashes[participant] = integrity.sha256_of(state)
-            deadline.check()
-        return hashes
-
-    def _validated(
-        self, used: Sequence[Contribution], merged: State, before: Mapping[str, str], deadline: Deadline
-    ) -> dict[str, Any]:
-        """The checks of a result, and what they say."""
-        states = {entry.participant: entry.state for entry in used}
-        integrity.check_result(merged, used[0].state)
-        facts: dict[str, Any] = {
-            "weight_sum": integrity.check_sum({entry.participant: entry.weight for entry in used}),
-            "names_shapes_dtypes": True,
-            "finite": True,
+        except MeldkitError as error:
+            if not error.message.startswith(f"merge {label}: "):
+                error.message = f"merge {label}: {error.message}"
+            raise
+        seconds = (time.perf_counter() - started) / max(len(merged.results), 1)
+        return {
+            name: MergeOutcome(
+                state=combined.state,
+                weights=dict(merged.jobs[name].weights),
+                method=self.combination.name,
+                seconds=seconds,
+                attempts=attempts,
+                input_sha256=merged.input_sha256,
+                output_sha256=merged.output_sha256.get(name, ""),
+                integrity=self._facts(merged, name),
+                notes=self._notes(merged.jobs[name]),
+            )
+            for name, combined in merged.results.items()
         }
-        facts["inside_envelope"] = self._check_envelope(list(states.values()), merged)
-        integrity.check_unchanged(before, self._hashes(states, deadline))
-        facts["inputs_unchanged"] = True
-        facts["output_sha256"] = integrity.sha256_of(merged)
+
+    def _once(
+        self,
+        contributions: Sequence[Contribution],
+        wanted: Mapping[str, tuple[Mapping[str, float] | None, str | None]],
+        hashes: dict[str, str] | None,
+        deadline: Deadline,
+        *,
+        hash_again: bool,
+    ) -> _Merged:
+        """One attempt, on all ranks."""
+        how = self._how(deadline)
+        known = _union(
+            how.agree(lambda: {c.participant: (c.weight, c.fisher is not None) for c in contributions})
+        )
+        order = [name for name in self._participants or known if name in known]
+        own = {name: known[name][0] for name in order}
+        jobs = {
+            label: Job(label=label, weights=dict(weights or own), receiver=target)
+            for label, (weights, target) in wanted.items()
+        }
+        for job in jobs.values():
+            self._check(job, known)
+        before = self._hashes(how, contributions, deadline) if hashes is None else hashes
+        results = how.merge(contributions, list(jobs.values()))
+        merged = _Merged(jobs, results, before, {}, {})
+        if self._validate:
+            if hash_again:
+                integrity.check_unchanged(before, self._hashes(how, contributions, deadline))
+                merged.checks["inputs_unchanged"] = True
+            self._hash_results(how, merged)
+        return merged
+
+    def _how(self, deadline: Deadline) -> Here | Exchange:
+        options: dict[str, Any] = {"base": self._base, "seed": self._seed, "validate": self._validate}
+        if self._group is None:
+            return Here(self.combination, deadline, **options)
+        wire = Wire(self._group, deadline)
+        options |= {"order": self._participants, "num_bytes": self._exchange_bytes}
+        return Exchange(self.combination, wire, deadline, **options)
+
+    def _check(self, job: Job, known: Mapping[str, Sequence[Any]]) -> None:
+        """Whether a job can be done with these participants; the same on all ranks.
+
+        Args:
+            job: to check.
+            known: participant -> its own weight, and whether it has brought a Fisher.
+        """
+        foreign = [name for name in job.weights if name not in known]
+        if foreign or not known:
+            raise InputError(f"there is no state of {', '.join(foreign) or 'any participant'} to merge")
+        integrity.check_weights(job.weights)
+        if self._validate:
+            integrity.check_sum(job.weights)
+        used = [name for name in job.weights if job.takes(name)]
+        if len(used) == 1:
+            return
+        self.combination.check_number(len(used))
+        without = [name for name in used if not known[name][1]]
+        if self.combination.method.needs_fisher and without:
+            raise InputError(
+                f"{self.combination.method.name} weighs by a Fisher, which {', '.join(without)} did not bring"
+            )
+
+    def _hashes(
+        self, how: Here | Exchange, contributions: Sequence[Contribution], deadline: Deadline
+    ) -> dict[str, str]:
+        """SHA-256 of every participant's state, on all ranks; none without validation."""
+        if not self._validate:
+            return {}
+
+        def own() -> dict[str, str]:
+            hashes = {}
+            for entry in contributions:
+                hashes[entry.participant] = integrity.sha256_of(entry.state)
+                deadline.check()
+            return hashes
+
+        return _union(how.agree(own))
+
+    def _hash_results(self, how: Here | Exchange, merged: _Merged) -> None:
+        gathered = how.agree(
+            lambda: {label: integrity.sha256_of(entry.state) for label, entry in merged.results.items()}
+        )
+        merged.output_sha256.update(_union(gathered))
+        for label in merged.jobs:
+            if len({found[label] for found in gathered if label in found}) > 1:
+                raise MergeError(f"{label}: ranks received different results")
+
+    def _facts(self, merged: _Merged, label: str) -> dict[str, Any]:
+        """What was checked of one result, and what was measured."""
+        facts = dict(merged.checks)
+        if self._validate:
+            names = self.combination.convex_names(merged.results[label].state)
+            facts |= {"names_shapes_dtypes": True, "finite": True, "weights_add_up_to_1": True}
+            facts["inside_envelope"] = True if names or self._is_alone(merged.jobs[label]) else None
+        if errors := merged.results[label].errors:
+            facts["products"] = summary(errors)
         return facts
 
-    def _check_envelope(self, states: Sequence[State], merged: State) -> bool | None:
-        """True after the check; None where the method's results may lie outside."""
-        if len(states) > 1 and self.combination.method.name not in MEANS:
-            return None
-        products = {name for pair in factor_pairs(merged) for name in (pair.a, pair.b)}
-        names = [
-            name
-            for name, tensor in merged.items()
-            if tensor.is_floating_point() and not (self.combination.by_products and name in products)
-        ]
-        integrity.check_envelope(merged, states, names)
-        return True
+    def _notes(self, job: Job) -> list[str]:
+        notes = list(self._notes_on_kind)
+        if left_out := [name for name in job.weights if not job.takes(name)]:
+            notes.append(f"left out, with weight 0: {', '.join(left_out)}")
+        if self._is_alone(job):
+            notes.append("one participant alone: its own state is the result")
+        elif not self.combination.uses_weights:
+            notes.append(f"{self.combination.method.name} takes no weights: they only say who takes part")
+        return notes
+
+    @staticmethod
+    def _is_alone(job: Job) -> bool:
+        return sum(job.takes(name) for name in job.weights) == 1
 
 
-def _named(message: str, participants: Sequence[str]) -> str:
-    """The engine's message with names in the place of numbers."""
-
-    def name(match: re.Match[str]) -> str:
-        number = int(match[2])
-        return f"{match[1]} of {participants[number]}" if number < len(participants) else match[0]
-
-    return re.sub(r"\b(state|Fisher) (\d+)\b", name, message)
+def _union(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for entry in entries for name, value in entry.items()}

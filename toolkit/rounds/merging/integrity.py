@@ -1,6 +1,7 @@
 """Whether a merge is sound: what went in, that it stayed as it was, and what came out."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from math import fsum, isfinite
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from toolkit.errors import InputError, MergeError, ModelError
 from toolkit.merging.states import State
+from toolkit.rounds.merging.combination import Combination, Part
 from toolkit_kernels.pool import Pool
 
 # How far a sum of weights may be from 1: rounding of weights that were read from a file with six digits.
@@ -41,6 +43,8 @@ def check_sum(weights: Mapping[str, float]) -> float:
 
 def check_alike(states: Mapping[str, State]) -> None:
     """Raises ModelError unless all states have the same names, shapes and dtypes."""
+    if not states:
+        return
     (first, reference), *others = states.items()
     for participant, state in others:
         missing, extra = sorted(reference.keys() - state.keys()), sorted(state.keys() - reference.keys())
@@ -93,6 +97,17 @@ def check_envelope(state: State, among: Sequence[State], names: Sequence[str]) -
                 )
 
 
+def check_part(combination: Combination, part: Part, merged: State) -> None:
+    """All that can be said of merged tensors by themselves, whether they are a whole state or a bucket of it.
+
+    Raises:
+        MergeError: names, shapes, dtypes, values that are not finite, or outside of the envelope of a mean.
+    """
+    check_result(merged, part.states[0])
+    names = combination.convex_names(merged) if len(part.states) > 1 else list(merged)
+    check_envelope(merged, part.states, names)
+
+
 def check_unchanged(before: Mapping[str, str], after: Mapping[str, str]) -> None:
     """Raises MergeError where a state has another SHA-256 than before."""
     changed = [participant for participant, digest in before.items() if after[participant] != digest]
@@ -113,3 +128,13 @@ def sha256_of(state: State) -> str:
 def _tensor_sha256(tensor: Tensor) -> bytes:
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(content.numpy().data).digest()
+
+
+def with_names(message: str, participants: Sequence[str]) -> str:
+    """A message of the merge engine, which counts states, with the participants' names."""
+
+    def name(match: re.Match[str]) -> str:
+        number = int(match[2])
+        return f"{match[1]} of {participants[number]}" if number < len(participants) else match[0]
+
+    return re.sub(r"\b(state|Fisher) (\d+)\b", name, message)
