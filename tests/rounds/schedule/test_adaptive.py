@@ -1,5 +1,6 @@
 """The frequency that follows the results: moves, bounds, triggers, resumption."""
 
+import itertools
 import json
 import math
 
@@ -209,7 +210,7 @@ def test_never_within_the_minimum() -> None:
     scheduler = AdaptiveMergeScheduler(10, min_merge_frequency=5, performance_trigger=True)
     merges = run(scheduler, [*flat(4), (0.5, 0.5), *flat(8)])
     assert merges[0][0] == 5
-    assert all(b - a >= 5 for (a, _), (b, _) in zip(merges, merges[1:], strict=False))
+    assert all(b - a >= 5 for (a, _), (b, _) in itertools.pairwise(merges))
     decision = AdaptiveMergeScheduler(10, min_merge_frequency=5).decide(3, LOCALES)
     assert "at least 5" in decision.reason
 
