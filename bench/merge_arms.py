@@ -54,6 +54,8 @@ def load(kernels: Any) -> None:
     kernels.gram(inputs)
     kernels.histogram(inputs, None)
     kernels.histogram(inputs, [0, 0])
+    kernels.sift(inputs, [(0, 1)] * 2, 1)
+    kernels.nth_equal(inputs, 0, 0, 1)
     kernels.non_finite(inputs)
 
 

@@ -38,8 +38,28 @@ class Backend(Protocol):
         """
         ...
 
-    def equal_positions(self, inputs: Inputs, model: int, bits: int) -> NDArray[np.int64]:
-        """Indices within ``inputs``, ascending, of the elements of delta_k whose magnitude has exactly these bits."""
+    def sift(
+        self, inputs: Inputs, bounds: Sequence[tuple[int, int]], room: int
+    ) -> tuple[NDArray[np.int64], list[NDArray[np.uint32]]]:
+        """Compare the bit patterns of the magnitudes, as histogram() forms them, with a lower and an upper bound.
+
+        Args:
+            inputs: K models.
+            bounds: (low, high) for each model, 0 <= low < high < 2**31.
+            room: how many patterns are given back at most for a model.
+
+        Returns:
+            [K, 4] how many are above high, at least high, above low, at least low; and for each model the patterns
+            between the bounds, without them, in any order: all, or ``room`` of them.
+        """
+        ...
+
+    def nth_equal(self, inputs: Inputs, model: int, bits: int, number: int) -> tuple[int, int]:
+        """Find the ``number``-th element (from 1) of delta_k whose magnitude has exactly these bits.
+
+        Returns:
+            how many there are, counted up to ``number``, and the index of that one within ``inputs``; -1 for none.
+        """
         ...
 
     def non_finite(self, inputs: Inputs) -> NDArray[np.int64]:

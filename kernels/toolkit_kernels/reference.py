@@ -195,8 +195,20 @@ class ReferenceBackend:
         chosen = [bits_N[bits_N >> 16 == p] & 0xFFFF for bits_N, p in zip(bits_KN, prefixes, strict=True)]
         return np.stack([np.bincount(bits_M, minlength=1 << 16) for bits_M in chosen])
 
-    def equal_positions(self, inputs: Inputs, model: int, bits: int) -> NDArray[np.int64]:
-        return np.flatnonzero(magnitude_bits(_deltas(inputs)[model]) == bits)
+    def sift(
+        self, inputs: Inputs, bounds: Sequence[tuple[int, int]], room: int
+    ) -> tuple[NDArray[np.int64], list[Bits]]:
+        counts, found = [], []
+        for delta_N, (low, high) in zip(_deltas(inputs), bounds, strict=True):
+            bits_N = magnitude_bits(delta_N)
+            masks = (bits_N > high, bits_N >= high, bits_N > low, bits_N >= low)
+            counts.append([np.count_nonzero(mask_N) for mask_N in masks])
+            found.append(bits_N[(bits_N > low) & (bits_N < high)][:room])
+        return np.array(counts, np.int64), found
+
+    def nth_equal(self, inputs: Inputs, model: int, bits: int, number: int) -> tuple[int, int]:
+        positions = np.flatnonzero(magnitude_bits(_deltas(inputs)[model]) == bits)[:number]
+        return len(positions), int(positions[-1]) if len(positions) == number else -1
 
     def non_finite(self, inputs: Inputs) -> NDArray[np.int64]:
         spans = [*inputs.theta, *([] if inputs.base is None else [inputs.base])]

@@ -211,7 +211,8 @@ def assert_inputs_are_only_read(backend: Backend, dtype: str) -> None:
         backend.gram(inputs)
         backend.histogram(inputs, None)
         backend.histogram(inputs, [0x3F00] * len(inputs.theta))
-        backend.equal_positions(inputs, 0, HALF)
+        backend.sift(inputs, [(0, HALF)] * len(inputs.theta), 100)
+        backend.nth_equal(inputs, 0, HALF, 1)
         backend.non_finite(inputs)
         backend.add_squares(span(np.zeros(inputs.size)), inputs.theta[0], 0.5)
         assert all(np.array_equal(bits(each), old) for each, old in zip(spans, before, strict=True)), (

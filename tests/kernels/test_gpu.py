@@ -106,8 +106,13 @@ def test_passes_are_those_of_the_reference(cases, gpu, reference, rule_name, siz
     assert (gpu.histogram(there, prefixes) == lower).all()
     for model, prefix in enumerate(prefixes):
         bits = (prefix << 16) | int(lower[model].argmax())
-        positions = gpu.equal_positions(there, model, bits)
-        assert positions.tolist() == reference.equal_positions(inputs, model, bits).tolist()
+        number = max(int(lower[model].max()), 1)
+        assert gpu.nth_equal(there, model, bits, number) == reference.nth_equal(inputs, model, bits, number)
+    bounds = [(prefix << 16, (prefix << 16) + 0x20000) for prefix in prefixes]
+    counts, found = gpu.sift(there, bounds, size)
+    expected, patterns = reference.sift(inputs, bounds, size)
+    assert counts.tolist() == expected.tolist()
+    assert [row.tolist() for row in found] == [row.tolist() for row in patterns]
     assert gpu.non_finite(there).tolist() == reference.non_finite(inputs).tolist()
     counts = [size // 3] * 5
     assert sums.largest(gpu, [there], counts) == sums.largest(reference, [inputs], counts)

@@ -143,7 +143,8 @@ def test_memory_of_another_device_is_refused() -> None:
         lambda: backend.apply([Piece(Inputs((here,), None, (there,)), mean, here)]),
         lambda: backend.gram(Inputs((there,))),
         lambda: backend.histogram(Inputs((here,), there), None),
-        lambda: backend.equal_positions(Inputs((there,)), 0, 0),
+        lambda: backend.sift(Inputs((there,)), [(0, 1)], 1),
+        lambda: backend.nth_equal(Inputs((there,)), 0, 0, 1),
         lambda: backend.non_finite(Inputs((there,))),
         lambda: backend.add_squares(here, there),
     ]
@@ -255,7 +256,7 @@ def test_offsets_have_64_bits() -> None:
     values[-1], values[-2] = 0x7FC0, 0x3F80
     inputs = Inputs((Span(values, "bfloat16"),))
     assert numba_backend.make().non_finite(inputs).tolist() == [1]
-    assert numba_backend.make().equal_positions(inputs, 0, 0x3F800000).tolist() == [size - 2]
+    assert numba_backend.make().nth_equal(inputs, 0, 0x3F800000, 1) == (1, size - 2)
 
 
 # --- threads

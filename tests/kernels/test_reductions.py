@@ -1,4 +1,4 @@
-"""Numbers from whole tensors: sums of products, histograms, positions, the set of largest elements, counts."""
+"""Numbers from whole tensors: sums of products, histograms, comparisons, the set of largest elements, counts."""
 
 import math
 import struct
@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from toolkit_kernels import dispatch, sums
 from toolkit_kernels import reference as by_formula
-from toolkit_kernels import sums
 from toolkit_kernels.pool import Pool
 from toolkit_kernels.rules import BLOCK, NOTHING, Consensus, Inputs, Keep, Piece, Threshold
 from toolkit_kernels.spans import Span
@@ -80,18 +80,55 @@ def test_histogram_counts_what_it_says(any_backend):
     lower = any_backend.histogram(inputs, [0x3F00])[0]
     assert lower.sum() == 3
     assert lower[0] == 2
-    assert any_backend.equal_positions(inputs, 0, 0x3F000000).tolist() == [0, 1]
-    assert any_backend.equal_positions(inputs, 0, 0x7F800000).tolist() == [3, 6]
-    assert any_backend.equal_positions(inputs, 0, 5).tolist() == []
+    assert [any_backend.nth_equal(inputs, 0, 0x3F000000, n) for n in (1, 2, 3)] == [(1, 0), (2, 1), (2, -1)]
+    assert [any_backend.nth_equal(inputs, 0, 0x7F800000, n) for n in (1, 2, 3)] == [(1, 3), (2, 6), (2, -1)]
+    assert any_backend.nth_equal(inputs, 0, 5, 1) == (0, -1)
 
 
-def test_positions(cases, backend, reference):
+def test_places_of_equal_ones(cases, backend, reference):
     for size in SIZES:
         inputs = inputs_of(cases, 2, size)
         for model, bits in ((0, 0), (0, 0x3E800000), (1, 0x3F000000)):
-            found = backend.equal_positions(inputs, model, bits)
-            assert found.dtype == np.int64
-            assert np.array_equal(found, reference.equal_positions(inputs, model, bits))
+            many, _ = reference.nth_equal(inputs, model, bits, size + 1)
+            for number in {1, 2, many // 2 + 1, max(many, 1), many + 1}:
+                found = backend.nth_equal(inputs, model, bits, number)
+                assert found == reference.nth_equal(inputs, model, bits, number), (size, number)
+
+
+LARGEST = 0x7FFFFFFF
+BOUNDS = ((0, LARGEST), (0, 1), (0x3E800000, 0x3F000000), (0x3EFFFFFF, 0x3F000000), (0x7F7FFFFF, 0x7F800000))
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["theta", "delta"])
+@pytest.mark.parametrize("bounds", BOUNDS)
+def test_what_lies_between_bounds(cases, backend, reference, base, bounds):
+    for size in SIZES:
+        inputs = inputs_of(cases, 3, size, base=base)
+        expected, patterns = reference.sift(inputs, [bounds, (1, 2), (0x3F000000, LARGEST)], size)
+        counts, found = backend.sift(inputs, [bounds, (1, 2), (0x3F000000, LARGEST)], size)
+        assert counts.dtype == np.int64
+        assert np.array_equal(counts, expected)
+        assert [sorted(row.tolist()) for row in found] == [sorted(row.tolist()) for row in patterns]
+        assert all(row.dtype == np.uint32 for row in found)
+
+
+def test_what_lies_between_bounds_is_what_is_said(any_backend):
+    values = np.array([0.5, -0.25, 0.375, -0.4375, 0.0, -0.0, math.inf, -0.5, 0.25, 0.1], np.float32)
+    bounds = [(0x3E800000, 0x3F000000)]  # 0.25 and 0.5
+    counts, (found,) = any_backend.sift(Inputs((Span.of(values),)), bounds, 10)
+    assert counts.tolist() == [[1, 3, 5, 7]]
+    assert sorted(found.view(np.float32).tolist()) == [0.375, 0.4375]
+
+
+def test_no_more_than_asked_lie_between_bounds(cases, any_backend):
+    inputs = inputs_of(cases, 2, 5 * BLOCK + 3)
+    counts, found = any_backend.sift(inputs, [(0, LARGEST)] * 2, inputs.size)
+    for room in (0, 1, 63, 64, 65, BLOCK):
+        again, some = any_backend.sift(inputs, [(0, LARGEST)] * 2, room)
+        assert np.array_equal(again, counts)
+        for row, all_of_them in zip(some, found, strict=True):
+            assert len(row) == room
+            assert set(row.tolist()) <= set(all_of_them.tolist())
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
@@ -159,16 +196,87 @@ def test_any_set_of_largest_elements(any_backend, data):
 
 
 def test_small_tensors_have_the_sets_of_large_ones(cases, any_backend, monkeypatch):
-    """A partition of the bits gives what histograms give, wherever the one piece starts."""
+    """A sorted tensor gives what bounds and histograms give, wherever the one piece starts."""
     for dtypes in (("bfloat16",), ("float32", "float64", "float16")):
-        inputs = inputs_of(cases, 4, 3 * BLOCK + 5, dtypes=dtypes)
+        inputs = inputs_of(cases, 4, 9 * BLOCK + 5, dtypes=dtypes)
         for moved in (inputs, Inputs(inputs.theta, inputs.base, start=7 * BLOCK), Inputs(inputs.theta)):
             for counts in ([0, 1, 2, 5], [inputs.size, inputs.size - 1, inputs.size // 2, 1000]):
                 small = sums.largest(any_backend, [moved], counts)
-                with monkeypatch.context() as patch:
-                    patch.setattr(sums, "SMALL", 0)
-                    assert sums.largest(any_backend, [moved], counts) == small
+                for min_sample in (BLOCK, 1 << 20):
+                    with monkeypatch.context() as patch:
+                        patch.setattr(sums, "SMALL", 0)
+                        patch.setattr(sums, "MIN_SAMPLE", min_sample)
+                        assert sums.largest(any_backend, [moved], counts) == small
     assert sums.largest(any_backend, [], [3, 0]) == [NOTHING, NOTHING]
+
+
+class Recorded:
+    """A backend that notes what it is asked for."""
+
+    def __init__(self, backend) -> None:
+        self._backend, self.asked = backend, []
+
+    def __getattr__(self, name):
+        self.asked.append(name)
+        return getattr(self._backend, name)
+
+
+def deltas_by_name(name: str, size: int) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    normal = generator.standard_normal(size)
+    return {
+        "normal": normal,
+        "few magnitudes": np.rint(normal * 4) / 4,
+        "mostly zero": np.where(generator.random(size) < 0.1, normal, 0.0),
+        "all zero": np.zeros(size),
+        "all equal": np.full(size, -3.5),
+        "a step": np.where(np.arange(size) < size // 3, normal, 1000 + normal),
+        "sorted": np.sort(normal),
+    }[name]
+
+
+@pytest.mark.parametrize("share", [1e-5, 0.2, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize(
+    "values", ["normal", "few magnitudes", "mostly zero", "all zero", "all equal", "a step", "sorted"]
+)
+def test_bounds_hold_the_smallest_of_the_set(cases, values, share):
+    """So that one pass over all elements is enough."""
+    size = 4 * sums.SMALL + 77
+    delta = deltas_by_name(values, size)
+    count = max(int(share * size), 1)
+    backend = Recorded(dispatch.backend("auto"))
+    pieces = cut(Inputs((cases.span(delta), cases.span(delta[::-1].copy()))), 64 * BLOCK)
+    first, second = sums.largest(backend, pieces, [count, size - count])
+    assert members(delta, first) == largest_by_sorting(delta, count)
+    assert members(delta[::-1], second) == largest_by_sorting(delta[::-1], size - count)
+    assert "sift" in backend.asked
+    assert "histogram" not in backend.asked
+
+
+def test_a_misleading_sample_costs_time_only(any_backend):
+    """Large elements where the lines of the sample lie, and nowhere else; many that equal none of them."""
+    size = 2 * sums.SMALL
+    stride = 0.96 * size / (size // 8 // sums.LINE)
+    in_sample = np.arange(size) % (int(stride) | 1) < sums.LINE
+    delta = np.where(in_sample, 1000.0, np.linspace(1, 2, size)).astype(np.float32)
+    delta[0] = 1.0
+    inputs = Inputs((Span.of(delta), Span.of(-np.where(in_sample, delta / 1000, delta + 5))))
+    counts = [size // 5, size // 2]
+    backend = Recorded(any_backend)
+    found = sums.largest(backend, [inputs], counts)
+    assert "histogram" in backend.asked
+    for span, count, threshold in zip(inputs.theta, counts, found, strict=True):
+        assert members(span.data, threshold) == largest_by_sorting(span.data, count)
+
+
+def test_too_many_between_the_bounds_are_left_to_histograms(cases, any_backend, monkeypatch):
+    inputs = inputs_of(cases, 3, 2 * sums.SMALL, dtypes=("float32",))
+    counts = [sums.SMALL, 5, 100]
+    expected = sums.largest(any_backend, [inputs], counts)
+    monkeypatch.setattr(sums, "MAX_COLLECTED", 3)
+    backend = Recorded(any_backend)
+    assert sums.largest(backend, [inputs], counts) == expected
+    assert "histogram" in backend.asked
 
 
 def test_sets_over_many_pieces_and_threads_are_those_of_one_piece(cases, any_backend):

@@ -42,7 +42,8 @@ for rule in rules:
 backend.gram(inputs)
 backend.histogram(inputs, None)
 backend.histogram(inputs, [0x3F00] * 3)
-backend.equal_positions(inputs, 0, 0x3F000000)
+backend.sift(inputs, [(0x3F000000, 0x3F800000)] * 3, 1 << 20)
+backend.nth_equal(inputs, 0, 0x3F000000, 5)
 backend.non_finite(inputs)
 backend.add_squares(out, theta[0])
 print(len(os.listdir("/proc/self/task")) - before, torch.get_num_threads())
@@ -138,6 +139,11 @@ def test_a_gpu_gives_the_bits_of_the_cpu(cases, rule_name):
     assert np.array_equal(backend.histogram(inputs, None), backend.histogram(piece.inputs, None))
     prefixes = [0x3F00] * num_models
     assert np.array_equal(backend.histogram(inputs, prefixes), backend.histogram(piece.inputs, prefixes))
-    positions = backend.equal_positions(inputs, 0, 0x3F000000)
-    assert np.array_equal(positions, backend.equal_positions(piece.inputs, 0, 0x3F000000))
+    bounds = [(0x3F000000, 0x3F800000)] * num_models
+    for each, expected in zip(
+        backend.sift(inputs, bounds, 100), backend.sift(piece.inputs, bounds, 100), strict=True
+    ):
+        assert np.array_equal(each, expected)
+    place = backend.nth_equal(inputs, 0, 0x3F000000, 7)
+    assert place == backend.nth_equal(piece.inputs, 0, 0x3F000000, 7)
     assert np.array_equal(backend.non_finite(inputs), backend.non_finite(piece.inputs))

@@ -150,10 +150,14 @@ def test_passes_are_those_of_the_reference(cases, triton_backend, reference, wit
     assert (triton_backend.histogram(inputs, prefixes) == lower).all()
     for model in range(3):
         bits_of_most = (prefixes[model] << 16) | int(lower[model].argmax())
-        positions = [
-            each.equal_positions(inputs, model, bits_of_most) for each in (triton_backend, reference)
-        ]
-        assert positions[0].tolist() == positions[1].tolist()
+        for number in {1, max(int(lower[model].max()), 1), size + 1}:
+            place = triton_backend.nth_equal(inputs, model, bits_of_most, number)
+            assert place == reference.nth_equal(inputs, model, bits_of_most, number)
+    bounds = [(prefix << 16, (prefix << 16) + 0x20000) for prefix in prefixes]
+    counts, found = triton_backend.sift(inputs, bounds, size)
+    expected, patterns = reference.sift(inputs, bounds, size)
+    assert counts.tolist() == expected.tolist()
+    assert [row.tolist() for row in found] == [row.tolist() for row in patterns]
     assert triton_backend.non_finite(inputs).tolist() == reference.non_finite(inputs).tolist()
 
 

@@ -4,7 +4,8 @@
     elementwise   weighted sum, Fisher mean, near swap, sum of squares
     consensus     sparse deltas, elected signs
     philox        the random numbers of the masks
-    reductions    sums of products, histograms, counts
+    reductions    sums of products, counts
+    magnitudes    histograms, comparisons, places
     objects       compiles, keeps and loads the machine code
 
 Neither torch nor, once the code is in the cache, numba is imported.
@@ -36,6 +37,7 @@ _NUM_UPPER, _NUM_LOWER = 1 << 15, 1 << 16
 _STRIP_ITEMS, _BLOCK_ITEMS = 512 + 24, 1024 + 24
 _MAX_COUNTED = 1 << 31  # elements at a time, so that counts of 32 bits cannot overflow
 _MANY = 1 << 16  # elements from which on several lanes of counts are worth their zeroing
+_BEYOND = 64 + 4  # magnitudes.GROUP and UNASKED: patterns that are written beyond those found
 _ALL, _NO_WORD = Threshold(0, 1 << 62), -1
 
 
@@ -148,23 +150,34 @@ class NumbaBackend:
             counts = np.zeros((num_models, num_lanes, num_bins), np.uint32)
             tables = (_address(spans), _address(base), num_models)
             if prefixes is None:
-                count = objects.load("reductions", _width("histogram_upper", *members), 6)
+                count = objects.load("magnitudes", _width("histogram_upper", *members), 6)
                 count(*tables, _address(counts), num_lanes, part.size)
             else:
                 wanted = np.array(prefixes, np.int64)
-                count = objects.load("reductions", _width("histogram_lower", *members), 7)
+                count = objects.load("magnitudes", _width("histogram_lower", *members), 7)
                 count(*tables, _address(wanted), _address(counts), num_lanes, part.size)
             total += counts.sum(axis=1, dtype=np.int64)
         return total
 
-    def equal_positions(self, inputs: Inputs, model: int, bits: int) -> NDArray[np.int64]:
+    def sift(
+        self, inputs: Inputs, bounds: Sequence[tuple[int, int]], room: int
+    ) -> tuple[NDArray[np.int64], list[NDArray[np.uint32]]]:
+        num_models, members = len(inputs.theta), _members(inputs)
+        spans, base, limits = _table(inputs.theta), _base_table(inputs), np.array(bounds, np.int64)
+        counts = np.zeros((num_models, 4), np.int64)
+        found = np.empty((num_models, room + _BEYOND), np.uint32)
+        compare = objects.load("magnitudes", _width("sift", *members), 8)
+        tables = (_address(spans), _address(base), num_models, _address(limits))
+        compare(*tables, _address(counts), _address(found), room, inputs.size)
+        numbers = counts[:, 2] - counts[:, 1]
+        return counts, [row[: min(number, room)].copy() for row, number in zip(found, numbers, strict=True)]
+
+    def nth_equal(self, inputs: Inputs, model: int, bits: int, number: int) -> tuple[int, int]:
         spans, base = _table((inputs.theta[model],)), _base_table(inputs)
-        members = _members(inputs)
-        find = objects.load("reductions", _width("equal_positions", *members), 5)
-        positions = np.empty(find(_address(spans), _address(base), bits, 0, inputs.size), np.int64)
-        if len(positions):
-            find(_address(spans), _address(base), bits, _address(positions), inputs.size)
-        return positions
+        position = np.array([-1], np.int64)
+        find = objects.load("magnitudes", _width("nth_equal", *_members(inputs)), 6)
+        many = find(_address(spans), _address(base), bits, number, _address(position), inputs.size)
+        return many, int(position[0])
 
     def non_finite(self, inputs: Inputs) -> NDArray[np.int64]:
         count = objects.load("reductions", "non_finite", 3)

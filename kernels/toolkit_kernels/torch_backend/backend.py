@@ -30,8 +30,14 @@ class TorchBackend:
         return reductions.histogram(inputs, prefixes)
 
     @torch.inference_mode()
-    def equal_positions(self, inputs: Inputs, model: int, bits: int) -> NDArray[np.int64]:
-        return reductions.equal_positions(inputs, model, bits)
+    def sift(
+        self, inputs: Inputs, bounds: Sequence[tuple[int, int]], room: int
+    ) -> tuple[NDArray[np.int64], list[NDArray[np.uint32]]]:
+        return reductions.sift(inputs, bounds, room)
+
+    @torch.inference_mode()
+    def nth_equal(self, inputs: Inputs, model: int, bits: int, number: int) -> tuple[int, int]:
+        return reductions.nth_equal(inputs, model, bits, number)
 
     @torch.inference_mode()
     def non_finite(self, inputs: Inputs) -> NDArray[np.int64]:

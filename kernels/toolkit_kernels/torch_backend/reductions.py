@@ -1,4 +1,4 @@
-"""Passes that read a tensor and return numbers: sums of products, histograms, positions, counts.
+"""Passes that read a tensor and return numbers: sums of products, histograms, comparisons, counts.
 
 Legend: C elements of a chunk, K models, B blocks.
 """
@@ -97,15 +97,38 @@ def histogram(inputs: Inputs, prefixes: Sequence[int] | None) -> NDArray[np.int6
     return (counts if prefixes is None else counts[:, 1:-1]).cpu().numpy()
 
 
-def equal_positions(inputs: Inputs, model: int, bits: int) -> NDArray[np.int64]:
-    """Ascending indices of the elements of delta_k whose magnitude has these bits."""
-    found = [np.empty(0, dtype=np.int64)]
-    chosen = Inputs((inputs.theta[model],), inputs.base)
-    for chunk in chunks_of(chosen, 2):
+def sift(
+    inputs: Inputs, bounds: Sequence[tuple[int, int]], room: int
+) -> tuple[NDArray[np.int64], list[NDArray[np.uint32]]]:
+    """[K, 4] counts of magnitudes above or at the bounds, and those between them."""
+    counts = np.zeros((len(bounds), 4), np.int64)
+    found: list[list[NDArray[np.uint32]]] = [[np.empty(0, np.uint32)] for _ in bounds]
+    for chunk in chunks_of(inputs, 2):
+        (mask_C,) = scratch.rows(1, chunk.size, chunk.device, torch.bool)
+        for k, (low, high) in enumerate(bounds):
+            bits_C = magnitude_bits(_delta(chunk, k))
+            masks = ((torch.gt, high), (torch.ge, high), (torch.gt, low), (torch.ge, low))
+            here = [int(torch.count_nonzero(compare(bits_C, bound, out=mask_C))) for compare, bound in masks]
+            within = counts[k, 2] - counts[k, 1]
+            counts[k] += here
+            if here[2] > here[1] and within < room:
+                torch.gt(bits_C, low, out=mask_C).bitwise_and_(bits_C < high)
+                some_C = torch.masked_select(bits_C, mask_C)[: room - within]
+                found[k].append(some_C.cpu().numpy().view(np.uint32))
+    return counts, [np.concatenate(parts) for parts in found]
+
+
+def nth_equal(inputs: Inputs, model: int, bits: int, number: int) -> tuple[int, int]:
+    """How many elements of delta_k, up to ``number``, have these bits, and where the last of so many is."""
+    many = 0
+    for chunk in chunks_of(Inputs((inputs.theta[model],), inputs.base), 2):
         (equal_C,) = scratch.rows(1, chunk.size, chunk.device, torch.bool)
         torch.eq(magnitude_bits(_delta(chunk, 0)), bits, out=equal_C)
-        found.append(equal_C.nonzero().view(-1).cpu().numpy() + chunk.offset)
-    return np.concatenate(found)
+        here = int(torch.count_nonzero(equal_C))
+        if many + here >= number:
+            return number, chunk.offset + int(equal_C.nonzero()[number - many - 1])
+        many += here
+    return many, -1
 
 
 def _delta(chunk: Chunk, model: int) -> Tensor:

@@ -34,7 +34,7 @@ INTERPRETED = not isinstance(apply_kernel, triton.JITFunction)
 PASS_BLOCK = 2048  # elements of a program in passes over one tensor
 GRAM_ROWS = 4  # blocks of a program in gram
 NUM_COPIES = 8  # histograms among which programs take turns
-COMPARED = 1 << 24  # elements that equal_positions looks at at once: temporaries of 8 bytes each
+COMPARED = 1 << 24  # elements whose magnitudes are compared at once: temporaries of 8 bytes each
 
 
 class TritonBackend:
@@ -88,17 +88,30 @@ class TritonBackend:
             )
             return counts.sum(1).cpu().numpy()
 
-    def equal_positions(self, inputs: Inputs, model: int, bits: int) -> NDArray[np.int64]:
-        found = [np.empty(0, np.int64)]
+    def sift(
+        self, inputs: Inputs, bounds: Sequence[tuple[int, int]], room: int
+    ) -> tuple[NDArray[np.int64], list[NDArray[np.uint32]]]:
+        counts = np.zeros((len(bounds), 4), np.int64)
+        found = []
         with self._device(spans_of(inputs)):
-            for start in range(0, inputs.size, COMPARED):
-                theta = as_tensor(inputs.theta[model].part(start, COMPARED))
-                delta = theta.to(torch.float64, copy=True)
-                if inputs.base is not None:
-                    delta -= as_tensor(inputs.base.part(start, COMPARED))
-                equal = delta.abs_().float().view(torch.int32) == bits
-                found.append(start + equal.nonzero().flatten().cpu().numpy())
-        return np.concatenate(found)
+            for k, (low, high) in enumerate(bounds):
+                parts = [torch.empty(0, dtype=torch.int32)]
+                for _, bits in magnitudes(inputs, k):
+                    masks = (bits > high, bits >= high, bits > low, bits >= low)
+                    counts[k] += [int(torch.count_nonzero(mask)) for mask in masks]
+                    parts.append(bits[(bits > low) & (bits < high)].cpu())
+                found.append(torch.cat(parts)[:room].numpy().view(np.uint32))
+        return counts, found
+
+    def nth_equal(self, inputs: Inputs, model: int, bits: int, number: int) -> tuple[int, int]:
+        many = 0
+        with self._device(spans_of(inputs)):
+            for start, patterns in magnitudes(inputs, model):
+                places = (patterns == bits).nonzero().flatten()
+                if many + len(places) >= number:
+                    return number, start + int(places[number - many - 1])
+                many += len(places)
+        return many, -1
 
     def non_finite(self, inputs: Inputs) -> NDArray[np.int64]:
         spans = spans_of(inputs)
@@ -148,6 +161,15 @@ def spans_of(inputs: Inputs) -> list[Span]:
 
 def spans_of_piece(piece: Piece) -> list[Span]:
     return [piece.out, *spans_of(piece.inputs), *piece.inputs.fisher]
+
+
+def magnitudes(inputs: Inputs, model: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Indices of first elements, and from there on the bit patterns of COMPARED magnitudes of delta_k, int32."""
+    for start in range(0, inputs.size, COMPARED):
+        delta = as_tensor(inputs.theta[model].part(start, COMPARED)).to(torch.float64, copy=True)
+        if inputs.base is not None:
+            delta -= as_tensor(inputs.base.part(start, COMPARED))
+        yield start, delta.abs_().float().view(torch.int32)
 
 
 def base_of(inputs: Inputs) -> str | None:
