@@ -1,6 +1,7 @@
+#!/usr/bin/env bash
 # Read by the scripts that start a recipe. Sets python to the first of these that has meldkit: the active environment's,
 # the one of .venv in $ROOT, any on the path. Ends the script with a message where none has it.
-# shellcheck shell=bash
+set -euo pipefail
 
 fail() { # message, hint
     printf 'error: %s\n  hint: %s\n' "$1" "$2" >&2

@@ -27,12 +27,10 @@ BUILT_IN_WEIGHTINGS = ("similarity", "performance", "average", "manual", "num_ex
 def _merge_algorithm(config: Any) -> Iterator[Conflict]:
     if not given(config, "merge_algorithm") and not given(config, "merge_parameters"):
         return
-    from toolkit.merging.registry import (
-        REQUIRED,
-        merge_methods,
-    )  # numpy takes 0.1 s, and the default is known
+    # Imported here: numpy takes 0.1 s, and of the default everything is known.
+    from toolkit.merging.registry import REQUIRED, merge_methods
 
-    name = config.merge_algorithm
+    name: str = config.merge_algorithm
     methods = merge_methods()
     method = methods.get(ALGORITHMS_OF_ROUNDS.get(name, name))
     if method is None:
