@@ -71,3 +71,33 @@ def meldkit():
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory) -> Path:
+    """An XLM-R of 0.1 M random weights."""
+    from toolkit.modeling.samples import make
+
+    return make("tiny-xlm-r", tmp_path_factory.mktemp("models") / "tiny-xlm-r")
+
+
+@pytest.fixture(scope="session")
+def intent_data(tmp_path_factory) -> Path:
+    """Labelled requests in four locales in the layout of MASSIVE: 24 rows to train, 8 to validate, 8 to test each.
+
+    Three classes that a few words decide; each locale has words of its own.
+    """
+    folder = tmp_path_factory.mktemp("intents")
+    for number, locale in enumerate(("en-US", "fr-FR", "de-DE", "sq-AL")):
+        generator = random.Random(number)
+        (folder / locale).mkdir()
+        for split, count in (("train", 24), ("validation", 8), ("test", 8)):
+            rows = []
+            for i in range(count):
+                label = i % 3
+                words = [WORDS[(number + label * 4 + generator.randint(0, 2)) % len(WORDS)] for _ in range(4)]
+                utt = f"{split} {i} {' '.join(words)}"
+                rows.append({"id": str(i), "locale": locale, "utt": utt, "intent": f"intent_{label}"})
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / locale / f"{split}.jsonl").write_text(text)
+    return folder

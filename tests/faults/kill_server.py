@@ -2,7 +2,7 @@
 
     python kill_server.py TASKS.json
 
-TASKS.json: {"argv": [...], "output_dir": "...", "kills": [{"event": N} | {"seconds": S}, ...], "out": "..."}
+TASKS.json: {"recipe": "centralized-hf", "argv": [...], "output_dir": "...", "kills": [{"event": N} | {"seconds": S}, ...], "out": "..."}
 
 For each kill: a forked child runs the recipe and is killed with SIGKILL, at its N-th file operation in the run
 directory or after S seconds; further children resume it until it is done (each may be killed again: "again": M). The
@@ -38,7 +38,7 @@ def install_kill(output_dir: str, at_event: int) -> list[int]:
     return counter
 
 
-def run_child(argv: list[str], output_dir: str, log: Path, kill: dict) -> int:
+def run_child(recipe: str, argv: list[str], output_dir: str, log: Path, kill: dict) -> int:
     """Fork, run, kill; returns the exit status, negative for a signal as subprocess does it."""
     child = os.fork()
     if child == 0:
@@ -50,7 +50,7 @@ def run_child(argv: list[str], output_dir: str, log: Path, kill: dict) -> int:
 
         status = 1
         try:
-            status = run_recipe("centralized-hf", argv)
+            status = run_recipe(recipe, argv)
         finally:
             print(f"FILE-EVENTS {counter[0]}", flush=True)
             os._exit(status)
@@ -64,30 +64,37 @@ def run_child(argv: list[str], output_dir: str, log: Path, kill: dict) -> int:
 
 def outcome(output_dir: Path) -> dict:
     """What must not depend on kills: weights, losses, order of rows, counts, evaluations."""
-    final = output_dir / "final_model"
-    weights = next(
-        p for p in (final / "adapter_model.safetensors", final / "model.safetensors") if p.exists()
-    )
     history = json.loads((output_dir / "training_history.json").read_text())
-    steps = [
-        [row[key] for key in ("step", "loss", "learning_rate", "grad_norm", "total_tokens", "batch_digest")]
-        for row in history["steps"]
+    columns = ("step", "loss", "learning_rate", "grad_norm", "total_tokens", "batch_digest")
+    steps = [[row.get("participant"), *(row[key] for key in columns)] for row in history["steps"]]
+    evaluations = [
+        [row.get("participant"), row["step"], row["phase"], row["metrics"]] for row in history["evaluations"]
     ]
-    evaluations = [[row["step"], row["phase"], row["metrics"]] for row in history["evaluations"]]
-    checkpoints = sorted(p.name for p in (output_dir / "model" / "checkpoints").iterdir() if p.name[0] != ".")
-    hidden = [p.name for p in output_dir.iterdir() if p.name.startswith((".staging-final", ".trash"))]
+    files: dict[str, list[str]] = {}
+    for path in sorted([*output_dir.rglob("*.safetensors"), *output_dir.rglob("*.npz")]):
+        place = path.relative_to(output_dir)
+        if place.parts[0] == "merged_models":  # their names have the time in them
+            place = Path(place.parts[0], path.name)
+        files.setdefault(str(place), []).append(hashlib.sha256(path.read_bytes()).hexdigest())
+    assert files, "no weights"
     return {
-        "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        "steps": steps,
+        "files": files,
+        "steps": [row[1:] if row[0] in (None, "model") else row for row in steps],
         "evaluations": evaluations,
-        "checkpoints": checkpoints,
-        "leftovers": hidden,
+        "story": [
+            [row[key] for key in ("round", "status", "weights", "gate", "before", "after")]
+            for row in history.get("merges", [])
+        ],
+        "leftovers": [
+            p.name for p in output_dir.iterdir() if p.name.startswith((".staging-final", ".trash"))
+        ],
     }
 
 
 def main() -> None:
     tasks = json.loads(Path(sys.argv[1]).read_text())
-    for module in ("toolkit.rounds.centralized", "toolkit.training.hf"):  # paid once
+    recipe = tasks.get("recipe", "centralized-hf")
+    for module in ("toolkit.rounds.centralized", "toolkit.rounds.iterative", "toolkit.training.hf"):  # paid once
         importlib.import_module(module)
 
     argv, output_dir = tasks["argv"], Path(tasks["output_dir"])
@@ -96,12 +103,12 @@ def main() -> None:
         for kill in [{}, *tasks["kills"]]:
             shutil.rmtree(output_dir, ignore_errors=True)
             log.unlink(missing_ok=True)
-            statuses = [run_child(argv, str(output_dir), log, kill)]
+            statuses = [run_child(recipe, argv, str(output_dir), log, kill)]
             again = kill.get("again")
             while statuses[-1] != 0 and len(statuses) < 6:
                 resume = ["--resume"] if (output_dir / "journal.jsonl").exists() else []
                 statuses.append(
-                    run_child([*argv, *resume], str(output_dir), log, {"event": again} if again else {})
+                    run_child(recipe, [*argv, *resume], str(output_dir), log, {"event": again} if again else {})
                 )
                 again = None
             text = log.read_text()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from toolkit.data.prepare import Prepared, prepare, shared_label_names
 from toolkit.data.read import EVALUATION_SPLITS, open_source
 from toolkit.data.tokenizer import load_tokenizer
+from toolkit.evaluation.outcomes import RowOutcomes
 from toolkit.launch.plan import LaunchPlan
 from toolkit.modeling.adapters import lora_config
 from toolkit.modeling.load import load_model_config
@@ -22,12 +23,20 @@ from toolkit.reporting import environment
 from toolkit.reporting.records import RunStart
 from toolkit.rounds.baselines import Baselines
 from toolkit.rounds.checkpoints import CheckpointStore
+from toolkit.rounds.comparison import best_source, compare, comparison_record
 from toolkit.rounds.final_model import write_final_model
 from toolkit.rounds.loop import COMMIT, RoundLoop
 from toolkit.rounds.merge_step import MergeStep
 from toolkit.rounds.merging import MergeCoordinator, MergedModels, MergeOutcome
 from toolkit.rounds.monitor import build_listeners
-from toolkit.rounds.outcome_files import BASE, ITERATIVE, LAST_MERGE, OutcomeFiles
+from toolkit.rounds.outcome_files import (
+    BASE,
+    BEST_SOURCE,
+    ITERATIVE,
+    LAST_MERGE,
+    OWN_TRAINING,
+    OutcomeFiles,
+)
 from toolkit.rounds.participants import Participant, TrainerFactory
 from toolkit.rounds.run import Run, run_in_directory
 from toolkit.rounds.run_directory import RunDirectory
@@ -335,7 +344,42 @@ class IterativeRun(Run):
 
     # The comparison
 
-    def _compare(self) -> None: ...
+    def _compare(self) -> None:
+        metric = self.config.metric
+        if metric == "auto":
+            metric = "accuracy" if self.config.task == "sequence-classification" else "loss"
+        measured: dict[str, dict[str, list[RowOutcomes]]] = {}
+        sources: dict[str, str] = {}
+        for locale in self.config.locales:
+            arms, source = self._arms(locale, metric)
+            if arms:
+                measured[locale] = arms
+            if source is not None:
+                sources[locale] = source
+        if measured:
+            found = compare(
+                measured,
+                metric=metric,
+                num_samples=self.config.bootstrap_samples,
+                seed=self.config.seed,
+                best_sources=sources,
+            )
+            self.listener.handle(comparison_record(found))
+
+    def _arms(self, locale: str, metric: Any) -> tuple[dict[str, list[RowOutcomes]], str | None]:
+        """What was measured on a locale's rows, and which other locale's model is best there."""
+        read = self.outcomes.read
+        found = {arm: read(arm, locale) for arm in (BASE, OWN_TRAINING, LAST_MERGE, ITERATIVE)}
+        others = {
+            other: read(OWN_TRAINING, other, rows_of=locale)
+            for other in self.config.locales
+            if other != locale
+        }
+        others = {other: outcomes for other, outcomes in others.items() if outcomes is not None}
+        source = best_source(others, metric)
+        if source is not None:
+            found[BEST_SOURCE] = others[source]
+        return {arm: [outcomes] for arm, outcomes in found.items() if outcomes is not None}, source
 
     def _result_rows(self, seconds: float) -> list[tuple[str, str]]:
         return [("Time of this session", f"{seconds / 60:.1f} min")]

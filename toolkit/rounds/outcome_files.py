@@ -11,6 +11,7 @@ from toolkit.evaluation.outcomes import RowOutcomes
 BASE = "base"
 OWN_TRAINING = "own_training"
 LAST_MERGE = "last_merge"
+BEST_SOURCE = "best_source"
 ITERATIVE = "iterative"
 
 
