@@ -14,6 +14,8 @@ MAX_HOVER_POINTS = 400
 DASHES = ("", "7 3", "2 3")
 
 WIDTH, HEIGHT = 520, 260
+SMALL_WIDTH, SMALL_HEIGHT = 300, 170
+SMALL_MAX_POINTS = 150
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 36
 
 Point = tuple[float, float]
@@ -31,6 +33,17 @@ class Line:
     style: Literal["line", "faint", "points"] = "line"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """A vertical line across a chart: something that happened."""
+
+    x: float
+    text: str
+    """Shown where the pointer rests on it."""
+    tone: str = ""
+    """A CSS class besides ``rule``."""
+
+
 def line_chart(
     lines: Sequence[Line],
     *,
@@ -38,6 +51,9 @@ def line_chart(
     x_name: str = "step",
     y_format: Callable[[float], str] = wording.number,
     from_zero: bool = False,
+    rules: Sequence[Rule] = (),
+    is_small: bool = False,
+    extent: tuple[float, float, float] | None = None,
 ) -> str:
     """One chart as an SVG element, or an empty string when there is no finite number in it.
 
@@ -47,18 +63,25 @@ def line_chart(
         x_name: what x counts.
         y_format: a y value as text in the hover texts; the axis has its own short form.
         from_zero: the y axis begins at zero.
+        rules: behind the lines.
+        is_small: one of many, side by side.
+        extent: last x, lowest y and highest y of the axes, so that several charts are alike; None: of these lines.
     """
     finite = [(x, y) for line in lines for x, y in line.points if math.isfinite(y)]
     if not finite:
         return ""
-    low, high = min(y for _, y in finite), max(y for _, y in finite)
-    y_ticks = nice_ticks(min(0.0, low) if from_zero else low, high, 5)
     first, last = 0.0, max(x for x, _ in finite)
-    x_ticks = [tick for tick in nice_ticks(first, last, 6, whole=True) if first <= tick <= last]
-    frame = _Frame(first, last, min(y_ticks[0], low), max(y_ticks[-1], high))
+    low, high = min(y for _, y in finite), max(y for _, y in finite)
+    if extent is not None:
+        last, low, high = extent
+    y_ticks = nice_ticks(min(0.0, low) if from_zero else low, high, 3 if is_small else 5)
+    x_ticks = [t for t in nice_ticks(first, last, 4 if is_small else 6, whole=True) if first <= t <= last]
+    width, height = (SMALL_WIDTH, SMALL_HEIGHT) if is_small else (WIDTH, HEIGHT)
+    frame = _Frame(first, last, min(y_ticks[0], low), max(y_ticks[-1], high), width, height)
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)} by {escape(x_name)}">',
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)} by {escape(x_name)}">',
         *_axes(frame, x_ticks, y_ticks, x_name),
+        *(part for rule in rules for part in _rule(frame, rule)),
         *(part for line in lines for part in _marks(frame, line)),
         *_hover(frame, [line for line in lines if line.style != "faint"], x_name, y_format),
         "</svg>",
@@ -120,53 +143,68 @@ class _Frame:
     last: float
     low: float
     high: float
+    width: int
+    height: int
+
+    @property
+    def right(self) -> int:
+        return self.width - RIGHT
+
+    @property
+    def bottom(self) -> int:
+        return self.height - BOTTOM
 
     def x(self, value: float) -> float:
         span = self.last - self.first
         share = (value - self.first) / span if span else 0.5
-        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
+        return round(LEFT + share * (self.right - LEFT), 1)
 
     def y(self, value: float) -> float:
         share = (value - self.low) / ((self.high - self.low) or 1.0)
-        return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
+        return round(self.bottom - share * (self.bottom - TOP), 1)
 
 
 def _axes(frame: _Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], x_name: str) -> Iterator[str]:
     for tick in y_ticks:
         y = frame.y(tick)
-        yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
+        yield f'<line class="grid" x1="{LEFT}" x2="{frame.right}" y1="{y}" y2="{y}"/>'
         text = wording.tick(tick)
         yield f'<text class="tick" x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{text}</text>'
     for tick in x_ticks:
         x = frame.x(tick)
-        yield f'<line class="axis" x1="{x}" x2="{x}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>'
+        yield f'<line class="axis" x1="{x}" x2="{x}" y1="{frame.bottom}" y2="{frame.bottom + 4}"/>'
         text = wording.tick(tick)
-        yield f'<text class="tick" x="{x}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{text}</text>'
+        yield f'<text class="tick" x="{x}" y="{frame.bottom + 17}" text-anchor="middle">{text}</text>'
+    yield f'<line class="axis" x1="{LEFT}" x2="{frame.right}" y1="{frame.bottom}" y2="{frame.bottom}"/>'
     yield (
-        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
-    )
-    yield (
-        f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">'
+        f'<text class="tick" x="{(LEFT + frame.right) / 2}" y="{frame.height - 4}" text-anchor="middle">'
         f"{escape(x_name)}</text>"
     )
+
+
+def _rule(frame: _Frame, rule: Rule) -> Iterator[str]:
+    if frame.first <= rule.x <= frame.last:
+        place = f'x1="{frame.x(rule.x)}" x2="{frame.x(rule.x)}" y1="{TOP}" y2="{frame.bottom}"'
+        yield f'<line class="rule {escape(rule.tone)}" {place}/>'
+        # Broad enough for a pointer.
+        yield f'<line class="rule-hit" {place}><title>{escape(rule.text)}</title></line>'
 
 
 def _marks(frame: _Frame, line: Line) -> Iterator[str]:
     colour = f"s{line.colour % NUM_COLOURS}"
     if line.style == "points":
         yield from (
-            f'<circle class="{colour} dot" cx="{frame.x(x)}" cy="{frame.y(y)}" r="4"/>'
+            f'<circle class="{colour} dot" cx="{frame.x(x)}" cy="{frame.y(y)}" r="{4 if frame.width == WIDTH else 3}"/>'
             for x, y in line.points
             if math.isfinite(y)
         )
         return
     path, is_drawing = [], False
-    for x, y in thinned(line.points):
+    for x, y in thinned(line.points, MAX_POINTS if frame.width == WIDTH else SMALL_MAX_POINTS):
         if not math.isfinite(y):
             is_drawing = False
             if line.style == "line":
-                bottom = HEIGHT - BOTTOM
-                yield f'<path class="lost" d="M{frame.x(x) - 4} {bottom - 8}l8 8m0 -8l-8 8"/>'
+                yield f'<path class="lost" d="M{frame.x(x) - 4} {frame.bottom - 8}l8 8m0 -8l-8 8"/>'
             continue
         path.append(f"{'L' if is_drawing else 'M'}{frame.x(x)} {frame.y(y)}")
         is_drawing = True
@@ -185,6 +223,10 @@ def _hover(
         stride = max(1, math.ceil(len(line.points) * len(lines) / MAX_HOVER_POINTS))
         for x, y in line.points[::stride]:
             if math.isfinite(y):
-                text = escape(f"{line.name}: {y_format(y)} at {x_name} {x:,.0f}")
+                text = escape(f"{line.name}: {y_format(y)} at {x_name} {_place(x)}")
                 place = f'cx="{frame.x(x)}" cy="{frame.y(y)}"'
                 yield f'<circle class="hit" {place} r="6"><title>{text}</title></circle>'
+
+
+def _place(x: float) -> str:
+    return f"{x:,.0f}" if x == round(x) else f"{x:,.2f}"

@@ -12,14 +12,26 @@ import jinja2
 from markupsafe import Markup
 
 from toolkit.durable import write_text
-from toolkit.reporting import charts, wording
+from toolkit.reporting import charts, report_rounds, wording
 from toolkit.reporting.history import History, now_utc
 from toolkit.reporting.metrics import summarize
 from toolkit.reporting.pace import Pace
-from toolkit.reporting.records import CheckpointRecord, EvaluationRecord, Record, RunEnd, RunStart, StepRecord
+from toolkit.reporting.records import (
+    CheckpointRecord,
+    ComparisonRecord,
+    EvaluationRecord,
+    MergeRecord,
+    Record,
+    RoundRecord,
+    RunEnd,
+    RunStart,
+    StepRecord,
+)
+from toolkit.reporting.round_metrics import metric_points
 
 logger = logging.getLogger("toolkit.reporting")
 
+DRAWN_AT = (CheckpointRecord, EvaluationRecord, MergeRecord, RoundRecord, ComparisonRecord)
 REPORT_NAME = "report.html"
 # With more participants the unsmoothed losses would hide the smoothed ones.
 MAX_RAW_SERIES = 3
@@ -56,7 +68,7 @@ class ReportWriter:
         elif isinstance(record, RunEnd):
             self._is_due_at_close = False
             self.flush()
-        elif isinstance(record, CheckpointRecord | EvaluationRecord) and self._pace.is_due():
+        elif isinstance(record, DRAWN_AT) and self._pace.is_due():
             self.flush()
 
     def flush(self) -> None:
@@ -72,8 +84,12 @@ class ReportWriter:
 
 def render(history: History, *, config: Mapping[str, Any], run_dir: Path) -> str:
     """The page as HTML text."""
-    source = importlib.resources.files("toolkit.reporting").joinpath(REPORT_NAME).read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        loader=jinja2.FunctionLoader(_template),
+    )
     environment.filters |= {"number": wording.number, "size": wording.size, "duration": wording.duration}
     environment.filters["value"] = _value
     environment.filters["without"] = lambda values, name: {k: v for k, v in values.items() if k != name}
@@ -81,10 +97,11 @@ def render(history: History, *, config: Mapping[str, Any], run_dir: Path) -> str
     environment.tests["metric"] = wording.is_metric
     environment.globals["change"] = _change
     metrics = summarize(history)
-    return environment.from_string(source).render(
+    return environment.get_template(REPORT_NAME).render(
         facts=history.facts,
         metrics=metrics,
-        tiles=_tiles(metrics),
+        tiles=[*report_rounds.tiles(history), *_tiles(metrics)],
+        rounds=report_rounds.sections(history),
         rows=history.rows,
         end=history.end,
         charts=_charts(history),
@@ -98,6 +115,10 @@ def render(history: History, *, config: Mapping[str, Any], run_dir: Path) -> str
         files=_files(run_dir),
         written=now_utc(),
     )
+
+
+def _template(name: str) -> str:
+    return importlib.resources.files("toolkit.reporting").joinpath(name).read_text(encoding="utf-8")
 
 
 def _tiles(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -130,19 +151,19 @@ def _charts(history: History) -> list[Chart]:
         ("GPU utilisation", "%", "utilization_percent", 1),
         ("GPU power", "W", "power_watts", 1),
     ]
-    all_series = _in_order(history)
+    all_series, x_name = _in_order(history), _x_name(history)
     drawn = [_loss_chart(history), *_metric_charts(history)]
     for title, note, column, factor in wanted:
         raw, smooth = [], []
         for colour, (name, series) in enumerate(all_series):
-            points = [(x, y * factor) for x, y in zip(series["step"], series[column], strict=True)]
+            points = [(x, y * factor) for x, y in zip(series[x_name], series[column], strict=True)]
             raw.append(charts.Line(name=name, colour=colour, points=points))
             smooth.append(dataclasses.replace(raw[-1], points=charts.smoothed(points)))
         if column in NOISY_COLUMNS:
             faint = [dataclasses.replace(line, style="faint") for line in raw]
             raw = [*(faint if len(faint) <= MAX_RAW_SERIES else []), *smooth]
             note = ", ".join(filter(None, [note, "smoothed"]))
-        drawn.append(_chart(raw, title, note, from_zero=True))
+        drawn.append(_chart(history, raw, title, note, from_zero=True))
     return [chart for chart in drawn if chart.svg]
 
 
@@ -150,20 +171,20 @@ def _loss_chart(history: History) -> Chart:
     all_series = _in_order(history)
     raw, smooth = [], []
     for colour, (name, series) in enumerate(all_series):
-        points = list(zip(series["step"], series["loss"], strict=True))
+        points = list(zip(series[_x_name(history)], series["loss"], strict=True))
         raw.append(charts.Line(name=name, colour=colour, points=points, style="faint"))
         smooth.append(charts.Line(name=f"{name}, training", colour=colour, points=charts.smoothed(points)))
     held_out = _evaluation_lines(history, "loss")
     note = "training (line, smoothed)" + (", held out (dots)" if held_out else "")
     lines = [*(raw if len(raw) <= MAX_RAW_SERIES else []), *smooth, *held_out]
-    return _chart(lines, "loss", note)
+    return _chart(history, lines, "loss", note)
 
 
 def _metric_charts(history: History) -> list[Chart]:
     """A chart for each other metric of the evaluations."""
     names = dict.fromkeys(name.removeprefix("eval_") for e in history.evaluations for name in e["metrics"])
     return [
-        _chart(_evaluation_lines(history, name, joined=True), name.replace("_", " "), "held out")
+        _chart(history, _evaluation_lines(history, name, joined=True), name.replace("_", " "), "held out")
         for name in names
         if name != "loss" and wording.is_metric(name)
     ]
@@ -172,23 +193,25 @@ def _metric_charts(history: History) -> list[Chart]:
 def _evaluation_lines(history: History, metric: str, *, joined: bool = False) -> list[charts.Line]:
     lines = []
     for colour, (name, _) in enumerate(_in_order(history)):
-        points = [
-            (float(entry["step"]), float(value))
-            for entry in history.evaluations
-            if entry["participant"] == name
-            for key, value in entry["metrics"].items()
-            if key.removeprefix("eval_") == metric
-        ]
-        points.sort(key=lambda point: point[0])
+        by_epoch = history.is_iterative
+        points = [(epoch if by_epoch else step, y) for epoch, step, y in metric_points(history, name, metric)]
         for style in ("line", "points") if joined else ("points",):
             lines.append(charts.Line(name=f"{name}, held out", colour=colour, points=points, style=style))
     return [line for line in lines if line.points]
 
 
-def _chart(lines: Sequence[charts.Line], title: str, note: str, *, from_zero: bool = False) -> Chart:
+def _x_name(history: History) -> str:
+    """Participants with different numbers of rows are at the same epoch when they are merged, not at the same step."""
+    return "epoch" if history.is_iterative else "step"
+
+
+def _chart(
+    history: History, lines: Sequence[charts.Line], title: str, note: str, *, from_zero: bool = False
+) -> Chart:
+    rules = report_rounds.merge_rules(history)
+    svg = charts.line_chart(lines, label=title, x_name=_x_name(history), from_zero=from_zero, rules=rules)
     # Every text inside is escaped by the chart module.
-    svg = Markup(charts.line_chart(lines, label=title, from_zero=from_zero))
-    return Chart(title=title, note=note, svg=svg)
+    return Chart(title=title, note=note, svg=Markup(svg))
 
 
 def _in_order(history: History) -> list[tuple[str, Any]]:
