@@ -224,6 +224,19 @@ def test_overall_is_the_mean_over_locales() -> None:
     assert found["overall"]["arms"]["own_training"] == pytest.approx(0.7)
 
 
+def test_a_seed_is_drawn_for_all_locales_at_once() -> None:
+    # Good and bad seeds are the same ones everywhere: more locales say nothing more about seeds.
+    by_seed = {"own_training": [right(100)] * 3, "iterative": [right(n) for n in (70, 110, 150)]}
+
+    def width(num_locales: int) -> float:
+        found = run({f"l{i}": by_seed for i in range(num_locales)})["overall"]["improvement_over"][
+            "own_training"
+        ]
+        return found["high"] - found["low"]
+
+    assert width(30) > 0.9 * width(2)
+
+
 # --- the best source
 
 

@@ -1,10 +1,12 @@
 """Each weighting by hand, each option of similarity, and what is refused."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from toolkit.config.recipes import IterativeConfig
 from toolkit.errors import ConfigError, InputError
 from toolkit.languages import FEATURES, similarity
 from toolkit.rounds.weighting import (
@@ -65,6 +67,15 @@ def test_performance_takes_the_column_of_the_target() -> None:
     assert found == pytest.approx({"en-US": 0.4, "fr-FR": 0.2, "sw-KE": 0.0, "it-IT": 0.4}, rel=1e-15)
     found = weights_for("performance", inputs("en-US"))
     assert found == pytest.approx({"en-US": 0.45, "fr-FR": 0.25, "sw-KE": 0.2, "it-IT": 0.1}, rel=1e-15)
+
+
+def test_performance_before_any_source_reaches_anything() -> None:
+    assert weights_for("performance", inputs(sources=("sw-KE",))) == {"sw-KE": 1.0}
+    nothing_yet = {source: {"sq-AL": 0.0} for source in SOURCES}
+    early = WeightingInputs(
+        sources=SOURCES, target="sq-AL", num_examples={}, accuracy=nothing_yet, options=WeightingOptions()
+    )
+    assert weights_for("performance", early) == dict.fromkeys(SOURCES, 0.25)
 
 
 def test_performance_without_measurements() -> None:
@@ -230,6 +241,23 @@ def test_similarity_refuses_unknown_languages_and_measures() -> None:
         weights_for("similarity", inputs("xq-AL"))
     with pytest.raises(InputError, match="measure 'cosin'"):
         weights_for("similarity", inputs(similarity_measure="cosin"))
+
+
+def test_the_options_of_the_recipe_are_read() -> None:
+    manual = dict(zip(SOURCES, (1.0, 2.0, 3.0, 2.0), strict=True))
+    for options in (
+        {"similarity_features": "genetic"},
+        {"similarity_measure": "shifted"},
+        {"similarity_top_k": 1},
+        {"similarity_sinkhorn": 3},
+    ):
+        given = inputs(**options)
+        recipe = replace(given, options=IterativeConfig(locales=list(SOURCES), **options))
+        assert weights_for("similarity", recipe) == weights_for("similarity", given)
+        assert weights_for("similarity", recipe) != weights_for("similarity", inputs())
+    config = IterativeConfig(locales=list(SOURCES), weight_calculation="manual", manual_weights=manual)
+    recipe = replace(inputs(), options=config)
+    assert list(weights_for("manual", recipe).values()) == [0.125, 0.25, 0.375, 0.25]
 
 
 # --- several targets

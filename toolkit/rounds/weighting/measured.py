@@ -11,7 +11,7 @@ def performance(inputs: WeightingInputs) -> Mapping[str, float]:
     """Each source by what its model reaches on the target's held-out rows.
 
     The column of the target in the cross-lingual matrix accuracy[source][target], not a source's row: what a source can
-    do elsewhere says nothing about the target.
+    do elsewhere says nothing about the target. Where no source reaches anything yet, all weigh the same.
     """
     if inputs.accuracy is None:
         raise InputError(f"performance weights for {inputs.target}: nothing was measured")
@@ -21,4 +21,5 @@ def performance(inputs: WeightingInputs) -> Mapping[str, float]:
             f"performance weights: {', '.join(missing)} not measured on held-out rows of {inputs.target}",
             hint=f"does {inputs.target} have held-out rows? similarity and average weights need none",
         )
-    return {source: inputs.accuracy[source][inputs.target] for source in inputs.sources}
+    reached = {source: inputs.accuracy[source][inputs.target] for source in inputs.sources}
+    return reached if any(reached.values()) else dict.fromkeys(reached, 1.0)
