@@ -224,6 +224,16 @@ def test_overall_is_the_mean_over_locales() -> None:
     assert found["overall"]["arms"]["own_training"] == pytest.approx(0.7)
 
 
+def test_every_locale_draws_its_own_rows() -> None:
+    # Were the same row numbers drawn everywhere, thirty locales would be no surer than one.
+    def width(num_locales: int) -> float:
+        outcomes = {f"l{i}": arms(right(100), right(120)) for i in range(num_locales)}
+        found = run(outcomes)["overall"]["improvement_over"]["own_training"]
+        return found["high"] - found["low"]
+
+    assert width(30) < width(1) / 3
+
+
 def test_a_seed_is_drawn_for_all_locales_at_once() -> None:
     # Good and bad seeds are the same ones everywhere: more locales say nothing more about seeds.
     by_seed = {"own_training": [right(100)] * 3, "iterative": [right(n) for n in (70, 110, 150)]}

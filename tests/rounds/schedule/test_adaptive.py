@@ -149,6 +149,16 @@ def test_falling_is_a_plateau() -> None:
     assert scheduler.decide(3, LOCALES).metrics["mean_trend"] == pytest.approx(-0.1)
 
 
+def test_a_peak_in_the_middle_of_a_fall_is_no_rise() -> None:
+    scheduler = AdaptiveMergeScheduler(6)
+    for epoch, score in enumerate([0.1, 0.2, 0.3, 0.4, 0.6, 0.3], start=1):
+        observe(scheduler, epoch, score, score)
+    metrics = scheduler.decide(6, LOCALES).metrics
+    assert metrics["mean_gain"] == pytest.approx(0.1)  # as in the first window
+    assert metrics["mean_trend"] == pytest.approx(-0.05)
+    assert metrics["share_rising"] == 0
+
+
 def test_merges_that_are_turned_down_become_rarer() -> None:
     scheduler = AdaptiveMergeScheduler(3)
     scheduler.record_merge(3, {"en-US": False, "fr-FR": False})
@@ -276,6 +286,16 @@ def test_progress_by_hand() -> None:
     assert progress.drop == pytest.approx(0.1)
     assert (progress.first, progress.best, progress.last) == (0.4, 0.7, 0.6)
     assert progress.num_since_merge == 2
+
+
+@pytest.mark.parametrize("scores", [flat(14), straight(14)], ids=["flat", "straight"])
+@pytest.mark.parametrize("cut", range(14))
+def test_a_resumed_schedule_merges_at_the_same_epochs(scores: list[tuple[float, ...]], cut: int) -> None:
+    whole, part, resumed = AdaptiveMergeScheduler(5), AdaptiveMergeScheduler(5), AdaptiveMergeScheduler(5)
+    before = run(part, scores[:cut])
+    resumed.load_state(json.loads(json.dumps(part.state())))
+    assert before + run(resumed, scores[cut:], first=cut + 1) == run(whole, scores)
+    assert resumed.state() == whole.state()
 
 
 # --- properties

@@ -136,10 +136,17 @@ def test_what_was_before_a_merge_does_not_trigger_again() -> None:
     assert not of.decide(3, LOCALES).should_merge
     observe(of, 4, 0.71, 0.71, 0.70)
     assert not of.decide(4, LOCALES).should_merge
-    # Standing still is judged on evaluations since the merge alone.
-    observe(of, 5, 0.72, 0.72, 0.70)
-    assert not of.decide(5, LOCALES).should_merge
-    observe(of, 6, 0.73, 0.73, 0.70)
+
+
+def test_standing_still_is_judged_on_evaluations_since_the_last_merge() -> None:
+    of = with_trigger()
+    feed(of, (0.90, 0.90, 0.90), (0.91, 0.91, 0.90), (0.92, 0.92, 0.90))
+    assert "stands still" in of.decide(3, LOCALES).reason
+    of.record_merge(3, dict.fromkeys(LOCALES, True))
+    for epoch in (4, 5):
+        observe(of, epoch, 0.92 + 0.001 * epoch, 0.92 + 0.001 * epoch, 0.90)
+        assert not of.decide(epoch, LOCALES).should_merge
+    observe(of, 6, 0.926, 0.926, 0.90)
     assert "stands still" in of.decide(6, LOCALES).reason
 
 
@@ -153,8 +160,10 @@ def test_scheduled_epochs_stay_where_they_are() -> None:
 
 def test_epochs_without_evaluation_say_nothing() -> None:
     of = with_trigger()
-    for epoch, score in enumerate([0.5, None, 0.6, None, float("nan"), 0.7], start=1):
+    for epoch, score in enumerate([0.5, None, 0.6, None, float("nan")], start=1):
         observe(of, epoch, score, score, score)
+    assert of.decide(5, LOCALES).metrics["num_with_full_window"] == 0
+    observe(of, 6, 0.7, 0.7, 0.7)
     decision = of.decide(6, LOCALES)
     assert not decision.should_merge
     assert decision.metrics["num_with_full_window"] == 3

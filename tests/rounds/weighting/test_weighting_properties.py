@@ -9,7 +9,7 @@ from toolkit.data.samples.locales import LOCALES
 from toolkit.rounds.weighting import WeightingInputs, WeightingOptions, weights_for
 
 sources = st.lists(st.sampled_from(sorted(LOCALES)), min_size=1, max_size=9, unique=True)
-numbers = st.floats(1e-300, 1e300)
+numbers = st.floats(1e-300, 1.7e308) | st.just(1.7e308)
 options = st.builds(
     WeightingOptions,
     similarity_features=st.sampled_from(

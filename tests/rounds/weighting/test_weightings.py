@@ -107,6 +107,10 @@ def test_manual_weights_of_sum_one_need_no_note() -> None:
     given = inputs(manual_weights={"en-US": 0.4, "fr-FR": 0.3, "sw-KE": 0.2, "it-IT": 0.1})
     assert notes_on("manual", given) == []
     assert weights_for("manual", given)["en-US"] == pytest.approx(0.4, abs=1e-15)
+    thirds = dict.fromkeys(("en-US", "fr-FR", "it-IT"), 0.3333333333)
+    assert notes_on("manual", inputs(sources=tuple(thirds), manual_weights=thirds)) == []
+    thirds = dict.fromkeys(("en-US", "fr-FR", "it-IT"), 0.33)
+    assert "sum to 0.99" in notes_on("manual", inputs(sources=tuple(thirds), manual_weights=thirds))[0]
 
 
 def test_only_manual_weights_are_noted() -> None:
@@ -209,7 +213,7 @@ def test_sinkhorn_balances() -> None:
     assert balanced[0, 0] * balanced[1, 1] / (balanced[0, 1] * balanced[1, 0]) == pytest.approx(
         cross, rel=1e-10
     )
-    once = alike / alike.sum(axis=0) * 5 / 4
+    once = alike / alike.sum(axis=0)
     np.testing.assert_allclose(sinkhorn(alike, 1), once / once.sum(axis=1, keepdims=True), rtol=1e-14)
 
 

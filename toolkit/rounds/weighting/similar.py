@@ -18,9 +18,8 @@ def similarity(inputs: WeightingInputs) -> Mapping[str, float]:
     itself is the first of them where it merges; of equal ones the first given stay) and gives the others zero.
 
     ``similarity_sinkhorn: t`` balances first. The matrix has a row for every source and the target and a column for
-    every source, each row cut to its own top k; t times, each column is divided by its sum and multiplied by rows /
-    columns, then each row is divided by its sum. A source that is near to everything no longer has the largest weight
-    everywhere.
+    every source, each row cut to its own top k; t times, each column is divided by its sum, then each row. A source
+    that is near to everything no longer has the largest weight everywhere.
 
     Source: R. Sinkhorn, P. Knopp, Concerning nonnegative matrices and doubly stochastic matrices (1967).
     """
@@ -69,8 +68,7 @@ def sinkhorn(alike: np.ndarray, num_iterations: int) -> np.ndarray:
         alike: [R, C] float64, zero or more, R >= C, no row or column of zeros only.
         num_iterations: of columns and rows.
     """
-    num_rows, num_columns = alike.shape
     for _ in range(num_iterations):
-        alike = alike / alike.sum(axis=0, keepdims=True) * (num_rows / num_columns)
+        alike = alike / alike.sum(axis=0, keepdims=True)
         alike = alike / alike.sum(axis=1, keepdims=True)
     return alike
