@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from toolkit.data.prepare import Prepared
+from toolkit.errors import Interrupted
 from toolkit.reporting.records import AlertRecord, EvaluationRecord, MessageRecord
 from toolkit.rounds.checkpoints import CheckpointStore
 from toolkit.rounds.loop import RoundLoop
 from toolkit.rounds.outcome_files import OWN_TRAINING, OutcomeFiles
 from toolkit.rounds.participants import Participant, TrainerFactory
 from toolkit.rounds.run import Run
+from toolkit.rounds.team import Team
 
 BASELINE = "baseline"
 """The journal's event for: one locale was trained alone, and what it does on all held-out rows is written."""
@@ -42,6 +44,7 @@ class Baselines:
         self._compared = compared
         self._outcomes = outcomes
         self._quiet = copy.copy(run)
+        self._quiet.team = Team()  # each locale is a matter of one rank
 
     def go(self) -> None:
         """Train those that are left.
@@ -49,12 +52,23 @@ class Baselines:
         Raises:
             Interrupted: a stop was asked for; everything is committed.
         """
-        done = {record["participant"] for record in self._run.journal.records(BASELINE)}
-        left = [locale for locale in self._run.config.locales if locale not in done]
-        if left:
-            self._run.say("info", f"for the comparison: training {', '.join(left)} without merging")
-        for locale in left:
-            self._train(locale)
+        run, team = self._run, self._run.team
+        done = {record["participant"] for record in run.journal.records(BASELINE)}
+        left = [locale for locale in run.config.locales if locale not in done]
+        if left and run.is_main:
+            run.say("info", f"for the comparison: training {', '.join(left)} without merging")
+        mine = team.own(left)
+        for turn in range(-(-len(left) // team.num_ranks)):
+            stopped = None
+            try:
+                if turn < len(mine):
+                    self._train(mine[turn])
+            except Interrupted as error:
+                stopped = error
+            stops = team.gather(stopped is not None)
+            run.exchange()
+            if any(stops):
+                raise stopped or run.interrupted("during the training without merges")
 
     def _train(self, locale: str) -> None:
         run = self._run

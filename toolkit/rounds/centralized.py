@@ -25,6 +25,7 @@ from toolkit.rounds.final_model import write_final_model
 from toolkit.rounds.run import Run, run_in_directory
 from toolkit.rounds.run_directory import RunDirectory
 from toolkit.rounds.summary import configuration_rows, result_rows
+from toolkit.rounds.team import Team
 from toolkit.training.arguments import build_arguments
 from toolkit.training.contract import ParticipantTrainer, StepStatistics, TrainerSetup, build_trainer
 from toolkit.training.world import assert_world, training_arguments
@@ -41,8 +42,10 @@ def run(config: Any, plan: LaunchPlan) -> int:
 class CentralizedRun(Run):
     """One run: prepares data and model, drives the trainer from boundary to boundary, writes what comes out."""
 
-    def __init__(self, config: Any, plan: LaunchPlan, directory: RunDirectory, processes: Any) -> None:
-        super().__init__(RECIPE, config, plan, directory, processes)
+    def __init__(
+        self, config: Any, plan: LaunchPlan, directory: RunDirectory, processes: Any, team: Team
+    ) -> None:
+        super().__init__(RECIPE, config, plan, directory, processes, team)
         self.store = CheckpointStore(
             directory.path,
             PARTICIPANT,

@@ -139,13 +139,19 @@ class CheckpointStore:
             self._delete(record)
 
     def _committed(self) -> list[dict[str, Any]]:
-        deleted = {r["checkpoint"] for r in self._journal.records("checkpoint_deleted")}
-        mine = [r for r in self._journal.records("checkpoint") if r["participant"] == self._participant]
-        return [r for r in mine if r["number"] not in deleted]
+        there: dict[str, dict[str, Any]] = {}
+        for record in self._journal.records():
+            if record.get("participant") != self._participant:
+                continue
+            if record["event"] == "checkpoint":
+                there[record["path"]] = record
+            elif record["event"] == "checkpoint_deleted":
+                there.pop(record["path"], None)
+        return list(there.values())
 
     def _delete(self, record: dict[str, Any]) -> None:
         # The journal first: a folder that it no longer knows is removed by recover(), never resumed from.
-        self._journal.append("checkpoint_deleted", checkpoint=record["number"], path=record["path"])
+        self._journal.append("checkpoint_deleted", participant=self._participant, path=record["path"])
         folder = self.folder / record["path"]
         if self._processes.is_main_process and folder.exists():
             discard_folder(folder)

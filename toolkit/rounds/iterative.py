@@ -5,7 +5,7 @@ locale without any merge, for the comparison; the comparison.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from toolkit.data.prepare import Prepared, prepare, shared_label_names
 from toolkit.data.read import EVALUATION_SPLITS, open_source
 from toolkit.data.tokenizer import load_tokenizer
+from toolkit.errors import LaunchError
 from toolkit.evaluation.outcomes import RowOutcomes
 from toolkit.launch.plan import LaunchPlan
 from toolkit.modeling.adapters import lora_config
@@ -42,6 +43,7 @@ from toolkit.rounds.run import Run, run_in_directory
 from toolkit.rounds.run_directory import RunDirectory
 from toolkit.rounds.schedule import build_schedule
 from toolkit.rounds.summary import configuration_rows
+from toolkit.rounds.team import Team, join_team
 
 RECIPE = "iterative-merge"
 LOOP = "training"
@@ -52,14 +54,28 @@ TRAINED = "trained"
 
 def run(config: Any, plan: LaunchPlan) -> int:
     """Train and merge; returns the exit status."""
-    return run_in_directory(IterativeRun, RECIPE, config, plan)
+    if plan.num_processes > len(config.locales):
+        raise LaunchError(
+            f"{plan.num_processes} processes for {len(config.locales)} locales: some would have nothing to train",
+            hint=f"--num-processes {len(config.locales)}",
+        )
+    if plan.num_processes > 1 and config.checkpoint_every not in ("epoch", "never"):
+        raise LaunchError(
+            f"--checkpoint-every {config.checkpoint_every} with {plan.num_processes} processes, which meet at the end of an "
+            "epoch only",
+            hint="--checkpoint-every epoch",
+        )
+    team, own_plan = join_team(plan)
+    return run_in_directory(IterativeRun, RECIPE, config, own_plan, team)
 
 
 class IterativeRun(Run):
     """One run of the recipe."""
 
-    def __init__(self, config: Any, plan: LaunchPlan, directory: RunDirectory, processes: Any) -> None:
-        super().__init__(RECIPE, config, plan, directory, processes)
+    def __init__(
+        self, config: Any, plan: LaunchPlan, directory: RunDirectory, processes: Any, team: Team
+    ) -> None:
+        super().__init__(RECIPE, config, plan, directory, processes, team)
         self.outcomes = OutcomeFiles(directory.path / "comparison")
         self.rows: dict[str, Prepared] = {}
         """Prepared rows of every locale, and of target languages that are none of them."""
@@ -69,7 +85,6 @@ class IterativeRun(Run):
             directory.path,
             directory.journal,
             keep=config.retain_merge_checkpoints,
-            is_main_process=processes.is_main_process,
         )
         self.factory: Any = None
         self.participants: list[Participant] = []
@@ -78,7 +93,7 @@ class IterativeRun(Run):
         listener, _ = build_listeners(
             self.directory.path,
             self.config,
-            is_main_process=self.processes.is_main_process,
+            is_main_process=self.is_main,
             resumed_history=restored_steps,
         )
         return listener
@@ -99,10 +114,12 @@ class IterativeRun(Run):
         self.directory.begin(
             self._facts(), here | {"plan": self.plan.as_dict(), "plan_notes": list(self.plan.notes)}
         )
+        self.journal.exchange(self.team.gather)
         self._take_back(commit)
         with self.listen(self._restored(loop, commit)):
-            for change in changed_versions:
-                self.say("warning", f"{change} since the run was started: its bits may not be the same")
+            if self.is_main:
+                for change in changed_versions:
+                    self.say("warning", f"{change} since the run was started: its bits may not be the same")
             try:
                 with self.stop:
                     self._go(loop, commit, tokenizer)
@@ -117,8 +134,7 @@ class IterativeRun(Run):
         began = time.monotonic()
         if loop is not None:
             loop.start(commit)
-            self.listener.handle(self._run_start())
-            self._say_notes(commit)
+            self._announce(commit)
             loop.go(before=self._write_base_outcomes)
             self._hand_over(tokenizer)
         if self.config.baselines:
@@ -126,9 +142,11 @@ class IterativeRun(Run):
                 self.factory.discard(participant.trainer)
             self.participants = []
             Baselines(self, self.factory, self.rows, self.compared, self.outcomes).go()
-        self._compare()
-        self.journal.append("finished")
-        self.end("done", summary=self._result_rows(time.monotonic() - began), paths=self._paths())
+        if self.is_main:
+            self._compare()
+            self.journal.append("finished")
+            self.end("done", summary=self._result_rows(time.monotonic() - began), paths=self._paths())
+        self.team.wait()
 
     # Preparation
 
@@ -143,8 +161,11 @@ class IterativeRun(Run):
         label_names = None
         if config.task == "sequence-classification":
             label_names = shared_label_names([own[locale] for locale in config.locales])
-        with self.processes.main_process_first():
-            for locale, options in own.items():
+        for is_turn in (
+            self.team.is_main,
+            not self.team.is_main,
+        ):  # the others read what the first put into the cache
+            for locale, options in own.items() if is_turn else ():
                 keywords = {"seed": config.seed, "label_names": label_names}
                 self.rows[locale] = prepare(options, tokenizer, config.task, **keywords)
                 test = _with_test_split(options)
@@ -153,6 +174,7 @@ class IterativeRun(Run):
                 )
                 if rows.evaluation is not None:
                     self.compared[locale] = rows.evaluation
+            self.team.wait()
         return label_names
 
     def _facts(self) -> dict[str, Any]:
@@ -162,19 +184,21 @@ class IterativeRun(Run):
         return {
             "data_fingerprint": {locale: rows.fingerprint for locale, rows in self.rows.items()},
             "model_fingerprint": model_fingerprint(find_model(config.model), config.revision, commit),
-            "num_processes": self.processes.num_processes,
         }
 
     def _build_loop(self) -> RoundLoop:
-        for locale in self.config.locales:
+        for locale in self.team.own(self.config.locales):
             self.participants.append(self._participant(locale))
         first = self.participants[0].trainer
         adapter_config = lora_config(first.model, self.config) if self.config.finetuning == "lora" else None
+        spread: dict[str, Any] = {"participants": self.config.locales, "group": self.team.group}
         coordinator = MergeCoordinator(
-            self.config, base=first.state(), adapter_config=adapter_config, seed=self.config.seed
+            self.config, base=first.state(), adapter_config=adapter_config, seed=self.config.seed, **spread
         )
+        mean = self.config.model_copy(update={"merge_algorithm": "linear", "merge_parameters": {}})
+        moments = MergeCoordinator(mean, **spread)
 
-        def write(trainer: Any, outcome: MergeOutcome, targets: tuple[str, ...], epoch: int) -> Path:
+        def write(trainer: Any, outcome: MergeOutcome, targets: Sequence[str], epoch: int) -> Path:
             return self.merged_models.add(
                 outcome.state,
                 round_number=epoch,
@@ -196,10 +220,12 @@ class IterativeRun(Run):
                 },
             )
 
-        step = MergeStep(self, self.participants, coordinator, self.rows, write)
+        names = self.config.locales
+        step = MergeStep(self, self.participants, names, coordinator, moments, self.rows, write)
         return RoundLoop(
             self,
             self.participants,
+            names=names,
             name=LOOP,
             num_epochs=self.config.num_epochs,
             schedule=build_schedule(self.config),
@@ -256,9 +282,14 @@ class IterativeRun(Run):
 
     # Around the loop
 
-    def _run_start(self) -> RunStart:
+    def _announce(self, commit: dict[str, Any] | None) -> None:
+        steps = self.team.gather(max(p.trainer.num_steps for p in self.participants))
+        if self.is_main:
+            self.listener.handle(self._run_start(max(steps)))
+            self._say_notes(commit)
+
+    def _run_start(self, num_steps: int) -> RunStart:
         first = self.participants[0]
-        steps = [p.trainer.num_steps for p in self.participants]
         return RunStart(
             recipe=RECIPE,
             title=self.config.run_name or self.directory.path.name,
@@ -267,8 +298,8 @@ class IterativeRun(Run):
                 *self._merge_rows(),
                 *configuration_rows(self.config, self.plan, first.prepared, first.trainer),
             ],
-            num_steps=max(steps),
-            participants=[p.name for p in self.participants],
+            num_steps=num_steps,
+            participants=self.config.locales,
             num_epochs=self.config.num_epochs,
             data_check=first.prepared.report.as_dict(),
         )
@@ -328,7 +359,10 @@ class IterativeRun(Run):
                     rows=[("Locale", participant.name)],
                     processes=self.processes,
                 )
-        self.journal.append(TRAINED)
+        self.exchange()
+        if self.is_main:
+            self.journal.append(TRAINED)
+        self.exchange()
 
     def _write_last_merge(self, participant: Participant) -> None:
         """What the newest merged model that was made for a participant does, taken over or not."""

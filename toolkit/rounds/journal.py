@@ -6,6 +6,7 @@ middle leaves a torn last line, which is cut off when the journal is opened agai
 
 import json
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,12 @@ class Journal:
         self._path = run_dir / JOURNAL_NAME
         self._writable = writable
         self._records = self._read()
+        self._exchanged = self.last_number
 
     def append(self, event: str, **facts: Any) -> dict[str, Any]:
         """Add a record and return it after it is durable. Values are JSON values; NaN is refused."""
         record = {
-            "number": self._records[-1]["number"] + 1 if self._records else 1,
+            "number": self.last_number + 1,
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "event": event,
             **facts,
@@ -71,8 +73,35 @@ class Journal:
         The lines stay in the file, before a line that says so; :meth:`records` leaves them out.
         """
         if any(r["number"] > number and r["event"] not in FACTS_OF_THE_DISK for r in self._records):
-            self.append("rewound", to=number)
-            self._records = _without_rewound(self._records)
+            if self._writable:
+                self.append("rewound", to=number)
+            self._records = [
+                r for r in self._records if r["number"] <= number or r["event"] in FACTS_OF_THE_DISK
+            ]
+
+    def exchange(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Make the journals of all processes equal: what the others remember is written, and all know what is written.
+
+        Args:
+            gather: the JSON value of every process, the writing one first. On all processes.
+        """
+        others = gather([] if self._writable else self._since(self._exchanged))[1:]
+        for record in (record for records in others for record in records):
+            if self._writable:
+                facts = {name: value for name, value in record.items() if name not in ("number", "time")}
+                self.append(**facts)
+        written = gather(self._since(self._exchanged) if self._writable else None)[0]
+        if not self._writable:
+            known = [r for r in self._records if r["number"] <= self._exchanged]
+            self._records = _without_rewound([*known, *written])
+        self._exchanged = self.last_number
+
+    def _since(self, number: int) -> list[dict[str, Any]]:
+        return [r for r in self._records if r["number"] > number]
+
+    @property
+    def last_number(self) -> int:
+        return self._records[-1]["number"] if self._records else 0
 
     def _write(self, line: str) -> None:
         is_new = not self._path.exists()

@@ -1,6 +1,6 @@
 """The loop of all recipes with several participants: train an epoch each, decide, merge, commit; again.
 
-    for every epoch:
+    for every epoch:                                    (every rank does so with its own participants)
         every active participant trains one epoch       (its trainer is paused, not torn down, in between)
         every active participant is evaluated           -> observations
         the schedule decides                            -> a decision with its reason
@@ -46,7 +46,8 @@ class RoundLoop:
 
     Args:
         run: of the recipe: journal, listeners, stop request.
-        participants: with trainers that have not started.
+        participants: of this rank, with trainers that have not started.
+        names: of the participants of all ranks, in the run's order; None for ``participants``.
         name: of this loop in the journal, where a run has several.
         num_epochs: of every participant.
         schedule: decides after every epoch whether to merge; None: never.
@@ -61,13 +62,16 @@ class RoundLoop:
         *,
         name: str,
         num_epochs: int,
+        names: Sequence[str] | None = None,
         schedule: Schedule | None = None,
         merge: Merge | None = None,
         rebuild: Callable[[Participant], None] | None = None,
     ) -> None:
         self.run = run
         self.config = run.config
+        self.team = run.team
         self.participants = list(participants)
+        self.names = [p.name for p in participants] if names is None else list(names)
         self.name = name
         self.num_epochs = num_epochs
         self.schedule = schedule
@@ -84,7 +88,7 @@ class RoundLoop:
 
     def steps_of(self, commit: dict[str, Any] | None) -> dict[str, int]:
         """Optimizer steps of each participant at a commit."""
-        return {p.name: 0 if commit is None else commit["steps"][p.name] for p in self.participants}
+        return {name: 0 if commit is None else commit["steps"][name] for name in self.names}
 
     def last_intact_commit(self) -> dict[str, Any] | None:
         """The newest commit whose checkpoints are all intact; None where nothing was committed.
@@ -94,19 +98,23 @@ class RoundLoop:
         """
         commits = self.commits()
         for commit in reversed(commits):
-            try:
-                for participant in self.participants:
-                    self._checkpoint(participant, commit)
-            except CheckpointError as error:
-                logger.warning("%s; falling back to the commit before it", error)
-                continue
-            return commit
+            if all(self.team.gather(self._is_intact(commit))):
+                return commit
         if commits:
             raise CheckpointError(
                 f"no commit of {self.run.directory.path} has all its checkpoints intact",
                 hint="start again in another --output-dir",
             )
         return None
+
+    def _is_intact(self, commit: dict[str, Any]) -> bool:
+        try:
+            for participant in self.participants:
+                self._checkpoint(participant, commit)
+        except CheckpointError as error:
+            logger.warning("%s; falling back to the commit before it", error)
+            return False
+        return True
 
     def start(self, commit: dict[str, Any] | None) -> None:
         """Start the trainers, from a commit if one is given; what was recorded after it is taken back."""
@@ -145,9 +153,12 @@ class RoundLoop:
                 if before is not None:
                     before(participant)
                 self._evaluate(participant, "before")
-        while self.epoch < self.num_epochs and self._active():
+        while self.epoch < self.num_epochs and self._someone_trains():
             began = time.monotonic()
-            self._train_epoch(self.epoch + 1)
+            reached = self._train_epoch(self.epoch + 1)
+            if not all(self.team.gather(reached)):
+                self.commit()
+                raise self.run.interrupted(f"in epoch {self.epoch + 1}")
             if self.config.checkpoint_before_merge and self.merge is not None:
                 self.commit()
             self._end_epoch(self.epoch + 1, began)
@@ -155,78 +166,101 @@ class RoundLoop:
             self._leave_or_commit()
         self.commit()
 
+    def _someone_trains(self) -> bool:
+        """Raises RunError where all participants, of all ranks, have failed."""
+        standings = self._standings()
+        errors = [f"  {name}: {s['error']}" for name, s in standings.items() if s["status"] == "failed"]
+        if len(errors) == len(standings):
+            raise RunError("\n".join(["every participant has failed:", *errors]))
+        return any(standing["status"] == "active" for standing in standings.values())
+
+    def _standings(self) -> dict[str, dict[str, Any]]:
+        """Of the participants of all ranks, in the run's order."""
+        return self._gathered({p.name: p.standing.as_dict() for p in self.participants})
+
+    def _gathered(self, own: dict[str, Any]) -> dict[str, Any]:
+        """What every rank says of its own participants, in the run's order."""
+        found = {name: value for values in self.team.gather(own) for name, value in values.items()}
+        return {name: found[name] for name in self.names if name in found}
+
     def _leave_or_commit(self) -> None:
-        stopping = self.run.stop()
+        stopping = any(self.team.gather(self.run.stop()))
         if stopping or self.config.checkpoint_every == "epoch":
             self.commit()
         if stopping and self.epoch < self.num_epochs:
             raise self.run.interrupted(f"after epoch {self.epoch}")
 
     def commit(self) -> None:
-        """Commit a checkpoint of every participant, and the line that makes them one state of the loop."""
+        """Commit a checkpoint of every participant, and the line that makes them one state of the loop. On all
+        ranks."""
         self.run.listener.flush()
         before = self.commits()[-1:]
-        checkpoints: dict[str, str | None] = {}
+        own: dict[str, Any] = {}
         for participant in self.participants:
-            name = participant.name
-            if participant.standing.status == "failed":
-                checkpoints[name] = before[0]["checkpoints"][name] if before else None
-                continue
-            folder = participant.store.commit(participant.trainer, merges=participant.standing.num_merges)
-            checkpoints[name] = folder.name
+            name, standing = participant.name, participant.standing
+            if standing.status == "failed":
+                folder = before[0]["checkpoints"][name] if before else None
+            else:
+                folder = participant.store.commit(participant.trainer, merges=standing.num_merges).name
+            own[name] = {
+                "checkpoint": folder,
+                "step": participant.trainer.step,
+                "standing": standing.as_dict(),
+            }
+        found = self._gathered(own)
         content = {
             "loop": self.name,
             "epoch": self.epoch,
-            "checkpoints": checkpoints,
-            "steps": {p.name: p.trainer.step for p in self.participants},
-            "standings": {p.name: p.standing.as_dict() for p in self.participants},
+            "checkpoints": {name: entry["checkpoint"] for name, entry in found.items()},
+            "steps": {name: entry["step"] for name, entry in found.items()},
+            "standings": {name: entry["standing"] for name, entry in found.items()},
             "schedule": None if self.schedule is None else self.schedule.state(),
         }
         if before and all(before[0][key] == value for key, value in content.items()):
             return
-        self.run.journal.append(COMMIT, **content)
+        if self.team.is_main:
+            self.run.journal.append(COMMIT, **content)
         for participant in self.participants:
-            name = checkpoints[participant.name]
-            if name is not None and participant.standing.status != "failed":
-                path = str(participant.store.folder / name)
-                step = participant.trainer.step
-                self.run.listener.handle(CheckpointRecord(participant=participant.name, step=step, path=path))
+            if participant.standing.status != "failed":
+                step, path = (
+                    participant.trainer.step,
+                    participant.store.folder / own[participant.name]["checkpoint"],
+                )
+                self.run.listener.handle(
+                    CheckpointRecord(participant=participant.name, step=step, path=str(path))
+                )
+        self.run.exchange()
 
     # Training
 
     def _active(self) -> list[Participant]:
         return [p for p in self.participants if p.is_active]
 
-    def _train_epoch(self, epoch: int) -> None:
+    def _train_epoch(self, epoch: int) -> bool:
+        """Train this rank's participants; False when a stop was asked for."""
         together = self.config.participants_per_step
         active = self._active()
         for first in range(0, len(active), together):
             group = active[first : first + together]
-            if len(group) == 1:
-                self._train(group[0], epoch, None)
-                continue
+            until = None if len(group) == 1 else 1
             while behind := [p for p in group if p.is_active and p.trainer.step < _end_of(p, epoch)]:
                 for participant in behind:
-                    self._train(participant, epoch, participant.trainer.step + 1)
-        if not self._active() and any(p.standing.status == "failed" for p in self.participants):
-            errors = "\n".join(
-                f"  {p.name}: {p.standing.error}" for p in self.participants if p.standing.error
-            )
-            raise RunError(f"every participant has failed:\n{errors}")
+                    if not self._train(participant, epoch, until):
+                        return False
+        return True
 
-    def _train(self, participant: Participant, epoch: int, until: int | None) -> None:
-        """Train to the end of the epoch, or to ``until``; what fails is this participant's own affair."""
+    def _train(self, participant: Participant, epoch: int, num_steps: int | None) -> bool:
+        """Train to the end of the epoch, or ``num_steps``; what fails is this participant's own affair."""
         try:
-            self._train_to(participant, _end_of(participant, epoch), until)
+            return self._train_to(participant, _end_of(participant, epoch), num_steps)
         except (Interrupted, CheckpointError):
             raise
         except Exception as error:
             logger.debug("%s failed", participant.name, exc_info=True)
             self._failed(participant, error)
-            if participant.is_active:
-                self._train(participant, epoch, until)
+            return True
 
-    def _train_to(self, participant: Participant, end: int, until: int | None) -> None:
+    def _train_to(self, participant: Participant, end: int, num_steps: int | None) -> bool:
         trainer, config = participant.trainer, self.config
         boundaries = Boundaries(
             end,
@@ -234,16 +268,15 @@ class RoundLoop:
             eval_every=config.eval_every if participant.has_rows_to_evaluate else "never",
             checkpoint_every=config.checkpoint_every,
         )
-        while trainer.step < (end if until is None else until):
-            boundary = boundaries.next_after(trainer.step)
-            reached = trainer.fit(boundary if until is None else min(boundary, until))
-            if not reached:
-                self.commit()
-                raise self.run.interrupted(f"after step {trainer.step} of {participant.name}")
+        until = end if num_steps is None else min(trainer.step + num_steps, end)
+        while trainer.step < until:
+            if not trainer.fit(min(boundaries.next_after(trainer.step), until)):
+                return False
             if boundaries.evaluate_at(trainer.step):
                 self._evaluate(participant, "during")
             if boundaries.checkpoint_at(trainer.step):
                 self.commit()
+        return True
 
     def _evaluate(self, participant: Participant, phase: Any) -> None:
         if not participant.has_rows_to_evaluate or self.config.eval_every == "never":
@@ -294,29 +327,34 @@ class RoundLoop:
     # After an epoch
 
     def _end_epoch(self, epoch: int, began: float) -> None:
-        in_round = self._active()
-        observations = [self._observe(participant, epoch) for participant in in_round]
-        for participant, seen in zip(in_round, observations, strict=True):
+        own: dict[str, Any] = {}
+        for participant in self._active():
+            seen = self._observe(participant, epoch)
             self._stop_early(participant, seen)
+            own[participant.name] = {"step": participant.trainer.step, "seen": dataclasses.asdict(seen)}
+        found = self._gathered(own)
         decision = None
         if self.schedule is not None and self.merge is not None:
-            self.schedule.observe(observations)
-            names = [p.name for p in self.participants if p.standing.status != "failed"]
+            self.schedule.observe([Observation(**entry["seen"]) for entry in found.values()])
+            standings = self._standings()
+            names = [name for name, standing in standings.items() if standing["status"] != "failed"]
             decision = self.schedule.decide(epoch, names)
-            self.run.journal.append("decision", epoch=epoch, **dataclasses.asdict(decision))
+            if self.team.is_main:
+                self.run.journal.append("decision", epoch=epoch, **dataclasses.asdict(decision))
             if decision.should_merge:
-                accepted = self.merge(epoch, decision)
-                self.schedule.record_merge(epoch, accepted)
-        standings = {p.name: p.standing for p in self.participants}
+                self.schedule.record_merge(epoch, self.merge(epoch, decision))
+        standings = self._standings()
+        if not self.team.is_main:
+            return
         self.run.listener.handle(
             RoundRecord(
                 round=epoch,
                 epoch=epoch,
                 num_epochs=self.num_epochs,
-                steps={p.name: p.trainer.step for p in in_round},
-                active=[p.name for p in self._active()],
-                stopped={n: s.stop_reason or "" for n, s in standings.items() if s.status == "stopped"},
-                failed={n: s.error or "" for n, s in standings.items() if s.status == "failed"},
+                steps={name: entry["step"] for name, entry in found.items()},
+                active=[name for name, s in standings.items() if s["status"] == "active"],
+                stopped={n: s["stop_reason"] or "" for n, s in standings.items() if s["status"] == "stopped"},
+                failed={n: s["error"] or "" for n, s in standings.items() if s["status"] == "failed"},
                 seconds=time.monotonic() - began,
                 decision=None if decision is None else dataclasses.asdict(decision),
             )

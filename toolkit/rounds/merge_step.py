@@ -1,11 +1,12 @@
-"""One merge between two epochs: weights, Fisher information, the merge itself, the gate, and handing it out."""
+"""One merge between two epochs: weights, Fisher information, the merge itself, the gate, and handing it out.
+
+Every rank calls it with its own participants. All of them compute the same weights; states meet in the coordinator.
+"""
 
 import logging
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +15,51 @@ from toolkit.errors import InputError, MergeError
 from toolkit.reporting.history import plain
 from toolkit.reporting.records import MergeRecord
 from toolkit.rounds.loop import score_of
-from toolkit.rounds.merging import (
-    Contribution,
-    MergeCoordinator,
-    MergeOutcome,
-    merge_optimizer_states,
-    participant_fisher,
-)
+from toolkit.rounds.merge_fishers import Fishers
+from toolkit.rounds.merging import Contribution, MergeCoordinator, MergeOutcome
 from toolkit.rounds.participants import Participant
 from toolkit.rounds.run import Run
 from toolkit.rounds.schedule import MergeDecision
-from toolkit.rounds.weighting import combined, weightings
+from toolkit.rounds.weighting import combined, notes_on, weightings
+from toolkit.rounds.weighting.registry import WeightingInputs
 from toolkit.training.contract import ParticipantTrainer
 
 logger = logging.getLogger(__name__)
 
-State = Mapping[str, Any]
-Writer = Callable[[ParticipantTrainer, MergeOutcome, tuple[str, ...], int], Path]
+Weights = dict[str, float]
+Writer = Callable[[ParticipantTrainer, MergeOutcome, Sequence[str], int], Path]
 """Of (trainer whose model has the form, merge, targets, epoch): writes the merged model and returns its folder."""
 
 
 @dataclass
-class _Mixture:
-    """One merged state of a merge, and who receives it."""
+class _Handed:
+    """What one participant was offered, and what came of it."""
 
-    receivers: list[Participant]
-    targets: tuple[str, ...]
-    weights: dict[str, float]
+    participant: Participant
     outcome: MergeOutcome
-    path: Path | None = None
-    """Folder of the merged model."""
+    targets: tuple[str, ...]
+    own: Mapping[str, Any]
+    """Its state before."""
+    before: dict[str, float]
+    after: dict[str, float]
+    verdict: str | None
+    path: Path | None
 
-
-@dataclass
-class _Account:
-    """What is recorded of one merge."""
-
-    gate: dict[str, str | None] = field(default_factory=dict)
-    before: dict[str, dict[str, float]] = field(default_factory=dict)
-    after: dict[str, dict[str, float]] = field(default_factory=dict)
+    def as_dict(self) -> dict[str, Any]:
+        outcome = self.outcome
+        return {
+            "targets": ",".join(self.targets),
+            "weights": outcome.weights,
+            "before": self.before,
+            "after": self.after,
+            "verdict": self.verdict,
+            "path": None if self.path is None else str(self.path),
+            "seconds": outcome.seconds,
+            "attempts": outcome.attempts,
+            "notes": outcome.notes,
+            "digests": {"inputs": outcome.input_sha256, "output": outcome.output_sha256},
+            "integrity": outcome.integrity,
+        }
 
 
 class MergeStep:
@@ -60,9 +67,11 @@ class MergeStep:
 
     Args:
         run: of the recipe.
-        participants: of the loop, in their order.
+        participants: of this rank, in the run's order.
+        names: of the participants of all ranks.
         coordinator: merges states.
-        target_rows: prepared rows of the target languages that no participant has.
+        moments: merges optimizer states (``--optimizer-on-merge merge``).
+        rows: of every locale that trains or is a target.
         writer: of merged models.
     """
 
@@ -70,145 +79,169 @@ class MergeStep:
         self,
         run: Run,
         participants: Sequence[Participant],
+        names: Sequence[str],
         coordinator: MergeCoordinator,
-        target_rows: Mapping[str, Prepared],
+        moments: MergeCoordinator,
+        rows: Mapping[str, Prepared],
         writer: Writer,
     ) -> None:
         self.run = run
         self.config = run.config
+        self.team = run.team
         self.participants = list(participants)
+        self.names = list(names)
         self.coordinator = coordinator
-        self.target_rows = target_rows
+        self.moments = moments
+        self.rows = rows
         self._writer = writer
 
     def __call__(self, epoch: int, decision: MergeDecision) -> dict[str, bool]:
-        sources = [p for p in self.participants if p.standing.status != "failed"]
-        receivers = [p for p in sources if p.is_active or self._is_over(p, epoch)]
-        began = time.monotonic()
-        states = {p.name: p.trainer.state() for p in sources}
+        mine = [p for p in self.participants if p.standing.status != "failed"]
+        sources = self._in_order([p.name for p in mine])
+        receivers = self._in_order([p.name for p in mine if p.is_active or _stopped_in(p, epoch)])
+        steps = self._union({p.name: p.trainer.step for p in mine})
+        states = {p.name: p.trainer.state() for p in mine}
+        handed: list[_Handed] = []
         try:
-            mixtures = self._merge(epoch, sources, receivers, states)
-        except MergeError as error:
-            self._record(epoch, decision, sources, [], _Account(), time.monotonic() - began, error=error)
+            weights = self._all_weights(sources, receivers)
+            for participant, targets, outcome in self._outcomes(epoch, mine, receivers, weights, states):
+                handed.append(self._offer(epoch, participant, targets, outcome, states[participant.name]))
+            error = None
+        except MergeError as caught:
+            error = caught
+        accounts = self._union({h.participant.name: h.as_dict() for h in handed})
+        if error is not None:
+            for entry in handed:  # all of a merge, or nothing
+                entry.participant.trainer.load_state(entry.own)
+            self._record(epoch, decision, sources, steps, {}, error)
             if not self.config.enable_auto_recovery:
-                raise
+                raise error
             return {}
-        seconds = time.monotonic() - began
-        account = _Account()
-        optimizers = self._optimizers(sources) if self.config.optimizer_on_merge == "merge" else {}
-        for mixture in mixtures:
-            for participant in mixture.receivers:
-                self._hand_out(epoch, participant, mixture, states[participant.name], optimizers, account)
-        self._record(epoch, decision, sources, mixtures, account, seconds)
-        return {name: verdict != "rejected" for name, verdict in account.gate.items()}
+        self._settle(epoch, mine, handed)
+        self._record(epoch, decision, sources, steps, accounts, None)
+        return {name: entry["verdict"] != "rejected" for name, entry in accounts.items()}
 
-    def _is_over(self, participant: Participant, epoch: int) -> bool:
-        """Whether it trained in this epoch and stopped early at its end: it still receives this merge."""
-        return participant.trainer.step == epoch * participant.trainer.num_steps_per_epoch
+    # Weights
 
-    # Merging
-
-    def _merge(
-        self,
-        epoch: int,
-        sources: Sequence[Participant],
-        receivers: Sequence[Participant],
-        states: Mapping[str, State],
-    ) -> list[_Mixture]:
+    def _all_weights(
+        self, sources: Sequence[str], receivers: Sequence[str]
+    ) -> dict[tuple[str, ...], Weights]:
+        """Weights for the targets of every merged state that is wanted; the same on all ranks."""
         if self.config.merge_scope == "target":
-            wanted = [(list(receivers), tuple(self.config.targets))]
+            wanted = [tuple(self.config.targets)]
         else:
-            wanted = [([p], (p.name,)) for p in receivers]
-        fishers = _Fishers(self, sources)
-        mixtures = []
-        for group, targets in wanted:
-            weights = self.weights(sources, targets)
-            contributions = [
-                Contribution(
-                    participant=p.name,
-                    state=states[p.name],
-                    weight=weights[p.name],
-                    fisher=fishers.of(p, targets) if weights[p.name] else None,
-                )
-                for p in sources
-            ]
-            names = targets if self.config.merge_scope == "each" else [p.name for p in sources]
-            outcome = self.coordinator.merge(contributions, label=f"epoch {epoch}, {', '.join(names)}")
-            mixtures.append(_Mixture(group, targets, outcome.weights, outcome))
-        return mixtures
+            wanted = [(name,) for name in receivers]
+        accuracy = None
+        if weightings()[self.config.weighting].needs_accuracy:
+            accuracy = self._accuracies(dict.fromkeys(target for group in wanted for target in group))
+        counts = {name: len(self.rows[name].train) for name in sources}
+        found = {}
+        for targets in wanted:
+            found[targets] = combined(
+                self.config.weighting,
+                sources,
+                targets,
+                num_examples=counts,
+                accuracy=accuracy,
+                options=self.config,
+            )
+        self._say_notes(sources, wanted[0][0], counts, accuracy)
+        return found
 
-    def weights(self, sources: Sequence[Participant], targets: Sequence[str]) -> dict[str, float]:
-        """The weight of each source for a merged state toward ``targets``: the mean over them."""
-        needs_accuracy = weightings()[self.config.weighting].needs_accuracy
-        return combined(
-            self.config.weighting,
-            [p.name for p in sources],
-            targets,
-            num_examples={p.name: len(p.prepared.train) for p in sources},
-            accuracy=self._accuracies(sources, targets) if needs_accuracy else None,
-            options=self.config,
+    def _say_notes(self, sources: Sequence[str], target: str, counts: Any, accuracy: Any) -> None:
+        if not self.team.is_main:
+            return
+        inputs = WeightingInputs(
+            sources=tuple(sources), target=target, num_examples=counts, accuracy=accuracy, options=self.config
         )
+        for note in notes_on(self.config.weighting, inputs):
+            self.run.say("info", note)
 
-    def _accuracies(
-        self, sources: Sequence[Participant], targets: Sequence[str]
-    ) -> dict[str, dict[str, float]]:
+    def _accuracies(self, targets: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         """Each source's accuracy on each target's held-out rows; of a language model exp(-loss)."""
-        found: dict[str, dict[str, float]] = {}
-        for source in sources:
-            found[source.name] = {}
+        own: dict[str, dict[str, float]] = {}
+        for source in self.participants:
+            if source.standing.status == "failed":
+                continue
+            own[source.name] = {}
             for target in targets:
-                rows = self.rows_of(target).evaluation
+                rows = self.rows[target].evaluation
                 if rows is None:
                     raise InputError(
                         f"--weight-calculation performance needs held-out rows of {target}, and there are none"
                     )
                 measured = source.trainer.evaluate(rows)
-                found[source.name][target] = measured.get("accuracy", math.exp(-measured["loss"]))
-        return found
+                own[source.name][target] = measured.get("accuracy", math.exp(-measured["loss"]))
+        return self._union(own)
 
-    def rows_of(self, locale: str) -> Prepared:
-        """The prepared rows of a participant or of a target language."""
-        for participant in self.participants:
-            if participant.name == locale:
-                return participant.prepared
-        return self.target_rows[locale]
+    # Merging
 
-    def _optimizers(self, sources: Sequence[Participant]) -> dict[str, Any]:
-        return {p.name: p.trainer.optimizer_state() for p in sources}
+    def _outcomes(
+        self,
+        epoch: int,
+        mine: Sequence[Participant],
+        receivers: Sequence[str],
+        weights: Mapping[tuple[str, ...], Weights],
+        states: Mapping[str, Mapping[str, Any]],
+    ) -> Iterator[tuple[Participant, tuple[str, ...], MergeOutcome]]:
+        """Every participant of this rank that receives something, with what it receives."""
+        fishers = Fishers(self.config, self.rows)
+        label = f"epoch {epoch}"
+        by_name = {p.name: p for p in mine if p.name in receivers}
+
+        def contributions(targets: tuple[str, ...], shares: Weights) -> list[Contribution]:
+            return [
+                Contribution(
+                    participant=p.name,
+                    state=states[p.name],
+                    weight=shares[p.name],
+                    fisher=fishers.of(p, targets) if shares[p.name] or len(weights) > 1 else None,
+                )
+                for p in mine
+            ]
+
+        if self.config.merge_scope == "target":
+            ((targets, shares),) = weights.items()
+            outcome = self.coordinator.merge(contributions(targets, shares), label=label)
+            for participant in by_name.values():
+                yield participant, targets, outcome
+        elif fishers.depend_on_target:
+            for targets, shares in weights.items():
+                outcome = self.coordinator.merge(
+                    contributions(targets, shares), label=f"{label}, {targets[0]}"
+                )
+                if targets[0] in by_name:
+                    yield by_name[targets[0]], targets, outcome
+        else:
+            (first, *_) = weights.items()
+            each = {targets[0]: shares for targets, shares in weights.items()}
+            for target, outcome in self.coordinator.merge_each(contributions(*first), each, label=label):
+                if target in by_name:
+                    yield by_name[target], (target,), outcome
 
     # Handing out
 
-    def _hand_out(
+    def _offer(
         self,
         epoch: int,
         participant: Participant,
-        mixture: _Mixture,
-        own: State,
-        optimizers: Mapping[str, Any],
-        account: _Account,
-    ) -> None:
-        trainer, name, standing = participant.trainer, participant.name, participant.standing
-        before = standing.metrics
-        trainer.load_state(mixture.outcome.state)
-        if mixture.path is None:
-            mixture.path = self._writer(trainer, mixture.outcome, mixture.targets, epoch)
+        targets: tuple[str, ...],
+        outcome: MergeOutcome,
+        own: Mapping[str, Any],
+    ) -> _Handed:
+        """Give a participant the merged state, measure it, and take it back where the gate rejects it."""
+        trainer, before = participant.trainer, participant.standing.metrics
+        trainer.load_state(outcome.state)
+        path = None
+        if self.config.merge_scope == "each" or (participant is self.participants[0] and self.team.is_main):
+            path = self._writer(trainer, outcome, targets, epoch)
         after: dict[str, float] = {}
         if participant.has_rows_to_evaluate and self.config.eval_every != "never":
             after = trainer.evaluate()
-        account.before[name], account.after[name] = dict(before), after
         verdict = self._verdict(before, after) if self.config.merge_gate else None
-        account.gate[name] = verdict
         if verdict == "rejected":
             trainer.load_state(own)
-            return
-        standing.num_merges += 1
-        standing.metrics = after
-        if self.config.optimizer_on_merge == "reset":
-            trainer.reset_optimizer()
-        elif self.config.optimizer_on_merge == "merge":
-            used = {source: weight for source, weight in mixture.weights.items() if weight}
-            slots = [optimizers[source] for source in used]
-            trainer.load_optimizer_state(merge_optimizer_states(slots, list(used.values())))
+        return _Handed(participant, outcome, targets, own, dict(before), after, verdict, path)
 
     def _verdict(self, before: Mapping[str, float], after: Mapping[str, float]) -> str | None:
         old, new = score_of(before, self.config.metric), score_of(after, self.config.metric)
@@ -216,40 +249,82 @@ class MergeStep:
             return None
         return "accepted" if new >= old - self.config.gate_tolerance else "rejected"
 
+    def _settle(self, epoch: int, mine: Sequence[Participant], handed: Sequence[_Handed]) -> None:
+        """The merge is good: standings and optimizers follow."""
+        taken = [entry for entry in handed if entry.verdict != "rejected"]
+        for entry in taken:
+            entry.participant.standing.num_merges += 1
+            entry.participant.standing.metrics = entry.after
+        if self.config.optimizer_on_merge == "reset":
+            for entry in taken:
+                entry.participant.trainer.reset_optimizer()
+        elif self.config.optimizer_on_merge == "merge":
+            self._merge_moments(epoch, mine, handed, taken)
+
+    def _merge_moments(
+        self, epoch: int, mine: Sequence[Participant], handed: Sequence[_Handed], taken: Sequence[_Handed]
+    ) -> None:
+        """Optimizers' moments become their mean, by the weights with which the states were merged."""
+        slots = {p.name: p.trainer.optimizer_state() for p in mine}
+        flat = {
+            name: {
+                f"{slot}/{tensor}": value
+                for slot, of_slot in own.items()
+                for tensor, value in of_slot.items()
+            }
+            for name, own in slots.items()
+        }
+        contributions = [
+            Contribution(participant=name, state=state, weight=1 / len(self.names))
+            for name, state in flat.items()
+        ]
+        weights = self._union({h.participant.name: h.outcome.weights for h in handed})
+        by_name = {entry.participant.name: entry.participant for entry in taken}
+        label = f"epoch {epoch}, optimizer"
+        for name, outcome in self.moments.merge_each(contributions, weights, label=label):
+            if name in by_name:
+                merged: dict[str, dict[str, Any]] = {}
+                for key, value in outcome.state.items():
+                    slot, _, tensor = key.partition("/")
+                    merged.setdefault(slot, {})[tensor] = value
+                by_name[name].trainer.load_optimizer_state(merged)
+
     # Records
 
     def _record(
         self,
         epoch: int,
         decision: MergeDecision,
-        sources: Sequence[Participant],
-        mixtures: Sequence[_Mixture],
-        account: _Account,
-        seconds: float,
-        *,
-        error: MergeError | None = None,
+        sources: Sequence[str],
+        steps: Mapping[str, int],
+        accounts: Mapping[str, Mapping[str, Any]],
+        error: MergeError | None,
     ) -> None:
-        attempts = sum(m.outcome.attempts for m in mixtures) if mixtures else self.config.max_merge_attempts
+        if not self.team.is_main:
+            return
+        mixtures = {entry["targets"]: entry for entry in accounts.values()}
+        paths = {entry["targets"]: entry["path"] for entry in accounts.values() if entry["path"]}
+        attempts = [entry["attempts"] for entry in accounts.values()] or [self.config.max_merge_attempts]
         record = MergeRecord(
             round=epoch,
             epoch=epoch,
-            steps={p.name: p.trainer.step for p in sources},
-            participants=[p.name for p in sources],
+            steps=steps,
+            participants=list(sources),
             method=self.config.merge_algorithm,
             status="failed" if error is not None else "merged",
-            weights={",".join(m.targets): m.weights for m in mixtures},
+            weights={targets: entry["weights"] for targets, entry in mixtures.items()},
             reason=decision.reason,
             trigger=decision.trigger,
             confidence=decision.confidence,
             decision_metrics=decision.metrics,
-            gate=account.gate,
-            before=account.before,
-            after=account.after,
-            seconds=seconds,
-            attempts=attempts,
-            path=next((str(m.path) for m in mixtures if m.path is not None), None),
+            gate={name: entry["verdict"] for name, entry in accounts.items()},
+            before={name: entry["before"] for name, entry in accounts.items()},
+            after={name: entry["after"] for name, entry in accounts.items()},
+            seconds=sum(entry["seconds"] for entry in mixtures.values()),
+            attempts=max(attempts),
+            path=next(iter(paths.values()), None),
             error=None if error is None else error.message,
-            notes=list(dict.fromkeys(chain.from_iterable(m.outcome.notes for m in mixtures))),
+            notes=list(dict.fromkeys(note for entry in mixtures.values() for note in entry["notes"])),
         )
         self.run.journal.append(
             "merge",
@@ -261,60 +336,23 @@ class MergeStep:
             gate=record.gate,
             before=plain(record.before),
             after=plain(record.after),
-            attempts=attempts,
-            paths={",".join(m.targets): m.path.name for m in mixtures if m.path is not None},
+            attempts=record.attempts,
+            paths={targets: Path(path).name for targets, path in paths.items()},
             error=record.error,
-            digests={
-                ",".join(m.targets): {"inputs": m.outcome.input_sha256, "output": m.outcome.output_sha256}
-                for m in mixtures
-            },
-            integrity={",".join(m.targets): m.outcome.integrity for m in mixtures},
+            digests={targets: entry["digests"] for targets, entry in mixtures.items()},
+            integrity={targets: plain(entry["integrity"]) for targets, entry in mixtures.items()},
         )
         self.run.listener.handle(record)
 
+    def _union(self, own: dict[str, Any]) -> dict[str, Any]:
+        """What every rank says of its own participants, in the run's order."""
+        found = {name: value for values in self.team.gather(own) for name, value in values.items()}
+        return {name: found[name] for name in self.names if name in found}
 
-class _Fishers:
-    """The Fisher information of the sources of one merge, each estimated once for the same rows."""
-
-    def __init__(self, step: MergeStep, sources: Sequence[Participant]) -> None:
-        self._step = step
-        self._config = step.config
-        self._known: dict[tuple[str, tuple[str, ...]], State] = {}
-
-    def of(self, participant: Participant, targets: tuple[str, ...]) -> State | None:
-        algorithm, mode = self._config.merge_algorithm, self._config.fisher_data_mode
-        if algorithm == "from_optimizer":
-            return participant.trainer.second_moments()
-        if algorithm not in ("fisher_dataset", "fisher"):
-            return None
-        locales = {
-            "target": targets,
-            "sources": (participant.name,),
-            "both": tuple(dict.fromkeys((participant.name, *targets))),
-        }[mode]
-        key = (participant.name, locales)
-        if key not in self._known:
-            self._known[key] = self._estimate(participant, locales)
-        return self._known[key]
-
-    def _estimate(self, participant: Participant, locales: Sequence[str]) -> State:
-        """Over the training rows of all ``locales``, the same number of each: a held-out row must not help to train."""
-        config = self._config
-        share = max(1, config.num_fisher_examples // len(locales))
-        rows: list[Any] = []
-        for locale in locales:
-            train = self._step.rows_of(locale).train
-            rows += [train[i] for i in _spread(len(train), share)]
-        return participant_fisher(
-            participant.trainer,
-            rows,
-            num_examples=len(rows),
-            batch_size=config.fisher_batch_size,
-            seed=config.seed,
-        )
+    def _in_order(self, own: Sequence[str]) -> list[str]:
+        return list(self._union(dict.fromkeys(own)))
 
 
-def _spread(num_rows: int, wanted: int) -> list[int]:
-    """``wanted`` row numbers, evenly over all rows."""
-    wanted = min(wanted, num_rows)
-    return [i * num_rows // wanted for i in range(wanted)]
+def _stopped_in(participant: Participant, epoch: int) -> bool:
+    """Whether it trained in this epoch and stopped early at its end: it still receives this merge."""
+    return participant.trainer.step == epoch * participant.trainer.num_steps_per_epoch

@@ -13,11 +13,13 @@ import accelerate
 from toolkit.errors import Interrupted, MeldkitError
 from toolkit.launch.plan import LaunchPlan
 from toolkit.reporting import listeners, resources
+from toolkit.reporting.courier import Courier, unpack
 from toolkit.reporting.history import plain
 from toolkit.reporting.libraries import speak_into_the_log
 from toolkit.reporting.records import EvaluationRecord, MessageRecord, RunEnd, StepRecord
 from toolkit.rounds.run_directory import CONFIG_NAME, RunDirectory
 from toolkit.rounds.signals import StopRequest
+from toolkit.rounds.team import Team
 from toolkit.training.contract import ParticipantTrainer, StepStatistics
 from toolkit.training.world import close_world, prepare_world
 
@@ -25,27 +27,30 @@ logger = logging.getLogger(__name__)
 
 
 def run_in_directory(
-    kind: "Callable[[Any, LaunchPlan, RunDirectory, Any], Run]", recipe: str, config: Any, plan: LaunchPlan
+    kind: "Callable[..., Run]", recipe: str, config: Any, plan: LaunchPlan, team: Team | None = None
 ) -> int:
     """Enter the plan's world, lock the run directory and run; returns the exit status.
 
     Args:
-        kind: makes the run, e.g. a subclass of :class:`Run`.
+        kind: makes the run: a subclass of :class:`Run`.
+        team: where the run's participants are spread over ranks, each with a world of its own.
 
     Raises:
         MeldkitError: of the kinds in ``toolkit.errors``; the run directory then says how far it came.
     """
     prepare_world(plan)
     processes = accelerate.PartialState()
+    team = team or Team()
     directory = RunDirectory(
         Path(config.output_dir),
         config.model_dump(mode="json"),
         recipe=recipe,
         resume=config.resume,
-        is_main_process=processes.is_main_process,
+        is_main_process=processes.is_main_process and team.is_main,
     )
     try:
-        kind(config, plan, directory, processes).run()
+        team.wait()
+        kind(config, plan, directory, processes, team).run()
         close_world()  # not after an error: other processes may still be in a collective
         return 0
     finally:
@@ -59,12 +64,22 @@ class Run:
         recipe: the recipe's name on the command line.
         config: the recipe's options.
         plan: the launch plan.
-        directory: the run directory, locked by this process.
-        processes: accelerate's PartialState.
+        directory: the run directory, locked by the main process.
+        processes: accelerate's PartialState: the processes that train one participant together.
+        team: the ranks over which participants are spread.
+
+    Attributes:
+        is_main: whether this process speaks and writes for all of the run.
     """
 
     def __init__(
-        self, recipe: str, config: Any, plan: LaunchPlan, directory: RunDirectory, processes: Any
+        self,
+        recipe: str,
+        config: Any,
+        plan: LaunchPlan,
+        directory: RunDirectory,
+        processes: Any,
+        team: Team,
     ) -> None:
         self.recipe = recipe
         self.config = config
@@ -72,6 +87,8 @@ class Run:
         self.directory = directory
         self.journal = directory.journal
         self.processes = processes
+        self.team = team
+        self.is_main = processes.is_main_process and team.is_main
         self.listener: Any = listeners.Listeners()
         self.stop = StopRequest(self._announce_stop)
         self.step = 0
@@ -83,16 +100,26 @@ class Run:
 
     def listen(self, restored_steps: Mapping[str, int] | None) -> Any:
         """Build the listeners. ``restored_steps``: on a resume, participant to restored step."""
-        self.listener = self.build_listeners(restored_steps)
-        if self.processes.is_main_process:
+        self.listener = self.build_listeners(restored_steps) if self.team.is_main else Courier()
+        if self.is_main:
             speak_into_the_log()
         return self.listener
+
+    def exchange(self) -> None:
+        """Bring journals and records of all ranks together. On all ranks."""
+        if self.team.num_ranks == 1:
+            return
+        self.journal.exchange(self.team.gather)
+        carried = self.team.gather([] if self.team.is_main else self.listener.take())
+        if self.team.is_main:
+            for record in (record for records in carried for record in records):
+                self.listener.handle(unpack(record))
 
     def build_listeners(self, restored_steps: Mapping[str, int] | None) -> Any:
         return listeners.build(
             self.directory.path,
             self.config,
-            is_main_process=self.processes.is_main_process,
+            is_main_process=self.is_main,
             resumed_history=restored_steps,
         )
 
@@ -157,7 +184,7 @@ class Run:
         paths: Sequence[tuple[str, str]] = (),
         error: str | None = None,
     ) -> None:
-        if status != "done" and self.processes.is_main_process:
+        if status != "done" and self.is_main:
             self.journal.append(status, step=self.step, error=error)
         run_dir = self.directory.path
         places = [*paths, ("Run directory", str(run_dir)), ("Report", str(run_dir / "report.html"))]
@@ -168,7 +195,7 @@ class Run:
         return shlex.join(["meldkit", "train", self.recipe, "--config", config, "--resume"])
 
     def _announce_stop(self, name: str) -> None:
-        if self.processes.is_main_process:
+        if self.is_main:
             self.say(
                 "warning",
                 f"{name}: finishing this step and committing a checkpoint; once more leaves at once",
