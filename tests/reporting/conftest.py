@@ -11,18 +11,23 @@ import pytest
 from toolkit.config.recipes import CentralizedConfig
 
 FAKE_RUN = Path(__file__).parent / "fake_run.py"
+FAKE_ROUNDS = Path(__file__).parent / "fake_rounds.py"
 
 
-@pytest.fixture(scope="session")
-def fake_run() -> ModuleType:
-    """The script that makes synthetic records, as a module."""
-    spec = importlib.util.spec_from_file_location("meldkit_fake_run", FAKE_RUN)
+def load_script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"meldkit_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def fake_run() -> ModuleType:
+    """The script that makes synthetic records, as a module."""
+    return load_script(FAKE_RUN)
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +52,14 @@ def read_strict() -> Callable[[Path], Any]:
         raise AssertionError(f"{constant} is not JSON")
 
     return lambda path: json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+@pytest.fixture(scope="session")
+def fake_rounds_path() -> Path:
+    return FAKE_ROUNDS
+
+
+@pytest.fixture(scope="session")
+def fake_rounds() -> ModuleType:
+    """The script that makes the records of a run in rounds, as a module."""
+    return load_script(FAKE_ROUNDS)

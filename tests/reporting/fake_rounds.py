@@ -86,8 +86,6 @@ class FakeRounds:
                 yield self.evaluation(name, 0, "before")
         for epoch in range(first_epoch, self.num_epochs + 1):
             yield from self.round(epoch)
-        for name in self.active(self.num_epochs):
-            yield self.evaluation(name, self.num_epochs, "after")
         yield self.comparison()
 
     def round(self, epoch: int) -> Iterator[Record]:
@@ -97,7 +95,7 @@ class FakeRounds:
             for step in range((epoch - 1) * STEPS_PER_EPOCH + 1, last + 1):
                 yield self.step(name, step)
         for name in active:
-            yield self.evaluation(name, epoch, "during")
+            yield self.evaluation(name, epoch, "during" if epoch < self.num_epochs else "after")
         if epoch % MERGE_EVERY == 0:
             yield self.merge(epoch)
         for name in active:

@@ -37,6 +37,7 @@ def heat_map(
         if not has_numbers:
             look = f'text-anchor="start" transform="rotate(-90 {x} {y - 4})"'
         parts.append(f'<text class="tick" x="{x}" y="{y}" {look}>{escape(name)}</text>')
+    largest = max((value for row in rows for value in values.get(row, {}).values()), default=0.0)
     for number, row in enumerate(rows):
         y = top + height * number
         shown = row if len(row) <= MAX_LABEL_LENGTH else f"{row[: MAX_LABEL_LENGTH - 1]}…"
@@ -45,20 +46,21 @@ def heat_map(
         )
         for column_number, column in enumerate(columns):
             if column in values.get(row, {}):
-                x = left + width * column_number
-                parts += _cell(x, y, width, height, values[row][column], f"{row} ← {column}", has_numbers)
+                place = (left + width * column_number, y, width, height)
+                parts += _cell(place, values[row][column], largest, f"{row} ← {column}", has_numbers)
     return "".join([*parts, "</svg>"])
 
 
 def _cell(
-    x: float, y: float, width: int, height: int, value: float, name: str, has_number: bool
+    place: tuple[float, float, int, int], value: float, largest: float, name: str, has_number: bool
 ) -> list[str]:
-    strength = min(1.0, max(0.0, value))
-    place = f'x="{x + 1}" y="{y + 1}" width="{width - 2}" height="{height - 2}" rx="3"'
+    x, y, width, height = place
+    strength = min(1.0, max(0.0, value / largest)) if largest > 0 else 0.0
+    area = f'x="{x + 1}" y="{y + 1}" width="{width - 2}" height="{height - 2}" rx="3"'
     title = f"<title>{escape(name)}: {value:.4f}</title>"
     parts = [
-        f'<rect class="empty" {place}>{title}</rect>',
-        f'<rect class="share" {place} fill-opacity="{strength:.3f}">{title}</rect>',
+        f'<rect class="empty" {area}>{title}</rect>',
+        f'<rect class="share" {area} fill-opacity="{strength:.3f}">{title}</rect>',
     ]
     if has_number:
         tone = "on" if strength > 0.55 else "off"
