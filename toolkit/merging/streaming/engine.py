@@ -5,6 +5,7 @@ rules are applied into one buffer that stays in the cache, and the buffer goes t
 has its full size.
 """
 
+import json
 import os
 import stat
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from toolkit.durable import sync, write_json, write_text
+from toolkit.durable import sync
 from toolkit.errors import Interrupted, MergeError, RunDirectoryError
 from toolkit.merging.plan import MergePlan, tensor_readers
 from toolkit.merging.streaming.compute import Computer, Findings, check_tensor
@@ -199,7 +200,9 @@ class _Run:
         """Sync, wait for digests, verify, report, commit."""
         staged = self.folder.staged
         if self.layout.index is not None:
-            write_json(staged / self.layout.index_name, self.layout.index)
+            (staged / self.layout.index_name).write_text(
+                json.dumps(self.layout.index, indent=2), encoding="utf-8"
+            )
         self._sync_weights()
         digests = self.input_digests.results(self.stop)
         self.seconds.hashing = self.input_digests.seconds
@@ -219,7 +222,7 @@ class _Run:
         self.stop()
         self.seconds.total = time.perf_counter() - started
         report = self._report(digests, verified)
-        write_text(staged / REPORT_NAME, report.as_json())
+        (staged / REPORT_NAME).write_text(report.as_json(), encoding="utf-8")
         self.folder.refuse_existing()  # here and not only there, as the record is still kept
         self._sync_companions()
         self.folder.commit()
@@ -236,16 +239,13 @@ class _Run:
         self.progress.remove()
         staged = self.folder.staged
         mode = stat.S_IMODE(os.stat(self.writer.paths[0]).st_mode)  # what the umask leaves of 0644
-        weights = set(self.writer.paths)
-        folders = [staged]
-        for path in sorted(staged.rglob("*")):
-            if path.is_dir():
-                folders.append(path)
-            elif path not in weights:
-                os.chmod(path, mode)
-                sync(path)
-        for folder in folders:
-            sync(folder)
+        found = sorted(staged.rglob("*"))
+        folders = [staged, *(path for path in found if path.is_dir())]
+        files = [path for path in found if path not in {*folders, *self.writer.paths}]
+        for path in files:
+            os.chmod(path, mode)
+        for together in (files, folders):  # several at a time share one entry in a journal of the file system
+            self.pool.map(sync, together)
 
     def _report(self, digests: dict[Path, Digest], verified: Any) -> Report:
         plan, seconds = self.plan, self.seconds
