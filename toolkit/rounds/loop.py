@@ -333,6 +333,7 @@ class RoundLoop:
             self._stop_early(participant, seen)
             own[participant.name] = {"step": participant.trainer.step, "seen": dataclasses.asdict(seen)}
         found = self._gathered(own)
+        self.run.exchange()  # what the others did in this epoch is told before what follows from it
         decision = None
         if self.schedule is not None and self.merge is not None:
             self.schedule.observe([Observation(**entry["seen"]) for entry in found.values()])
