@@ -61,7 +61,7 @@ def run(config: Any, plan: LaunchPlan) -> int:
         )
     if plan.num_processes > 1 and config.checkpoint_every not in ("epoch", "never"):
         raise LaunchError(
-            f"--checkpoint-every {config.checkpoint_every}: {plan.num_processes} processes meet after whole epochs only",
+            f"--checkpoint-every {config.checkpoint_every}: {plan.num_processes} processes meet after epochs only",
             hint="--checkpoint-every epoch",
         )
     team, own_plan = join_team(plan)

@@ -326,22 +326,7 @@ class MergeStep:
             error=None if error is None else error.message,
             notes=list(dict.fromkeys(note for entry in mixtures.values() for note in entry["notes"])),
         )
-        self.run.journal.append(
-            "merge",
-            epoch=epoch,
-            status=record.status,
-            method=record.method,
-            participants=record.participants,
-            weights=record.weights,
-            gate=record.gate,
-            before=plain(record.before),
-            after=plain(record.after),
-            attempts=record.attempts,
-            paths={targets: Path(path).name for targets, path in paths.items()},
-            error=record.error,
-            digests={targets: entry["digests"] for targets, entry in mixtures.items()},
-            integrity={targets: plain(entry["integrity"]) for targets, entry in mixtures.items()},
-        )
+        self.run.journal.append("merge", **_facts(record, mixtures, paths))
         self.run.listener.handle(record)
 
     def _union(self, own: dict[str, Any]) -> dict[str, Any]:
@@ -356,3 +341,24 @@ class MergeStep:
 def _stopped_in(participant: Participant, epoch: int) -> bool:
     """Whether it trained in this epoch and stopped early at its end: it still receives this merge."""
     return participant.trainer.step == epoch * participant.trainer.num_steps_per_epoch
+
+
+def _facts(
+    record: MergeRecord, mixtures: Mapping[str, Mapping[str, Any]], paths: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the journal keeps of a merge."""
+    return {
+        "epoch": record.epoch,
+        "status": record.status,
+        "method": record.method,
+        "participants": record.participants,
+        "weights": record.weights,
+        "gate": record.gate,
+        "before": plain(record.before),
+        "after": plain(record.after),
+        "attempts": record.attempts,
+        "paths": {targets: Path(path).name for targets, path in paths.items()},
+        "error": record.error,
+        "digests": {targets: entry["digests"] for targets, entry in mixtures.items()},
+        "integrity": {targets: plain(entry["integrity"]) for targets, entry in mixtures.items()},
+    }

@@ -31,7 +31,7 @@ class OutcomeFiles:
         if outcomes.expected is not None and outcomes.predicted is not None:
             arrays |= {"expected": outcomes.expected, "predicted": outcomes.predicted}
         content = io.BytesIO()
-        np.savez_compressed(content, **arrays)
+        np.savez_compressed(content, allow_pickle=False, **arrays)
         write_bytes(self._path(arm, model, rows_of), content.getvalue())
 
     def read(self, arm: str, model: str, *, rows_of: str | None = None) -> RowOutcomes | None:
