@@ -165,8 +165,9 @@ def test_a_run_without_rounds_knows_nothing_of_them(fake_run, make_config, read_
     ]
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 2, 3, 4, 6])
-@pytest.mark.parametrize("after", ["steps", "merge"])
+@pytest.mark.parametrize(
+    ("after", "epoch"), [("steps", 0), ("steps", 1), ("steps", 4), ("steps", 6), ("merge", 1), ("merge", 2)]
+)
 def test_interrupted_and_resumed_is_the_uninterrupted_run(
     tmp_path, fake_rounds, make_config, read_strict, names, epoch, after
 ):

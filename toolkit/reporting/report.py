@@ -1,18 +1,17 @@
 """report.html: a run on one page that needs nothing but a browser, drawn from the history."""
 
-import dataclasses
+import functools
 import importlib.resources
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from toolkit.durable import write_text
-from toolkit.reporting import charts, report_rounds, wording
+from toolkit.reporting import charts, report_charts, report_rounds, wording
 from toolkit.reporting.history import History, now_utc
 from toolkit.reporting.metrics import summarize
 from toolkit.reporting.pace import Pace
@@ -27,23 +26,12 @@ from toolkit.reporting.records import (
     RunStart,
     StepRecord,
 )
-from toolkit.reporting.round_metrics import metric_points
 
 logger = logging.getLogger("toolkit.reporting")
 
 DRAWN_AT = (CheckpointRecord, EvaluationRecord, MergeRecord, RoundRecord, ComparisonRecord)
 REPORT_NAME = "report.html"
-# With more participants the unsmoothed losses would hide the smoothed ones.
-MAX_RAW_SERIES = 3
 MAX_NUMBERS = 24
-NOISY_COLUMNS = ("grad_norm", "tokens_per_second", "utilization_percent", "power_watts")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Chart:
-    title: str
-    note: str
-    svg: Markup
 
 
 class ReportWriter:
@@ -84,6 +72,33 @@ class ReportWriter:
 
 def render(history: History, *, config: Mapping[str, Any], run_dir: Path) -> str:
     """The page as HTML text."""
+    metrics = summarize(history)
+    return (
+        _environment()
+        .get_template(REPORT_NAME)
+        .render(
+            facts=history.facts,
+            metrics=metrics,
+            tiles=[*report_rounds.tiles(history), *_tiles(metrics)],
+            rounds=report_rounds.sections(history),
+            rows=history.rows,
+            end=history.end,
+            charts=report_charts.curves(history),
+            legend=_legend(history),
+            metric_names=_metric_names(metrics),
+            evaluations=history.evaluations,
+            samples=_samples(history),
+            data_check=history.data_check or {},
+            config=config,
+            machine=_machine(run_dir),
+            files=_files(run_dir),
+            written=now_utc(),
+        )
+    )
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -96,25 +111,7 @@ def render(history: History, *, config: Mapping[str, Any], run_dir: Path) -> str
     environment.filters["flat"] = _flat
     environment.tests["metric"] = wording.is_metric
     environment.globals["change"] = _change
-    metrics = summarize(history)
-    return environment.get_template(REPORT_NAME).render(
-        facts=history.facts,
-        metrics=metrics,
-        tiles=[*report_rounds.tiles(history), *_tiles(metrics)],
-        rounds=report_rounds.sections(history),
-        rows=history.rows,
-        end=history.end,
-        charts=_charts(history),
-        legend=_legend(history),
-        metric_names=_metric_names(metrics),
-        evaluations=history.evaluations,
-        samples=_samples(history),
-        data_check=history.data_check or {},
-        config=config,
-        machine=_machine(run_dir),
-        files=_files(run_dir),
-        written=now_utc(),
-    )
+    return environment
 
 
 def _template(name: str) -> str:
@@ -142,85 +139,8 @@ def _tiles(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     return tiles
 
 
-def _charts(history: History) -> list[Chart]:
-    wanted = [
-        ("learning rate", "", "learning_rate", 1),
-        ("gradient norm", "before clipping", "grad_norm", 1),
-        ("tokens a second", "", "tokens_per_second", 1),
-        ("peak memory", "GB", "memory_bytes", 1e-9),
-        ("GPU utilisation", "%", "utilization_percent", 1),
-        ("GPU power", "W", "power_watts", 1),
-    ]
-    all_series, x_name = _in_order(history), _x_name(history)
-    drawn = [_loss_chart(history), *_metric_charts(history)]
-    for title, note, column, factor in wanted:
-        raw, smooth = [], []
-        for colour, (name, series) in enumerate(all_series):
-            points = [(x, y * factor) for x, y in zip(series[x_name], series[column], strict=True)]
-            raw.append(charts.Line(name=name, colour=colour, points=points))
-            smooth.append(dataclasses.replace(raw[-1], points=charts.smoothed(points)))
-        if column in NOISY_COLUMNS:
-            faint = [dataclasses.replace(line, style="faint") for line in raw]
-            raw = [*(faint if len(faint) <= MAX_RAW_SERIES else []), *smooth]
-            note = ", ".join(filter(None, [note, "smoothed"]))
-        drawn.append(_chart(history, raw, title, note, from_zero=True))
-    return [chart for chart in drawn if chart.svg]
-
-
-def _loss_chart(history: History) -> Chart:
-    all_series = _in_order(history)
-    raw, smooth = [], []
-    for colour, (name, series) in enumerate(all_series):
-        points = list(zip(series[_x_name(history)], series["loss"], strict=True))
-        raw.append(charts.Line(name=name, colour=colour, points=points, style="faint"))
-        smooth.append(charts.Line(name=f"{name}, training", colour=colour, points=charts.smoothed(points)))
-    held_out = _evaluation_lines(history, "loss")
-    note = "training (line, smoothed)" + (", held out (dots)" if held_out else "")
-    lines = [*(raw if len(raw) <= MAX_RAW_SERIES else []), *smooth, *held_out]
-    return _chart(history, lines, "loss", note)
-
-
-def _metric_charts(history: History) -> list[Chart]:
-    """A chart for each other metric of the evaluations."""
-    names = dict.fromkeys(name.removeprefix("eval_") for e in history.evaluations for name in e["metrics"])
-    return [
-        _chart(history, _evaluation_lines(history, name, joined=True), name.replace("_", " "), "held out")
-        for name in names
-        if name != "loss" and wording.is_metric(name)
-    ]
-
-
-def _evaluation_lines(history: History, metric: str, *, joined: bool = False) -> list[charts.Line]:
-    lines = []
-    for colour, (name, _) in enumerate(_in_order(history)):
-        by_epoch = history.is_iterative
-        points = [(epoch if by_epoch else step, y) for epoch, step, y in metric_points(history, name, metric)]
-        for style in ("line", "points") if joined else ("points",):
-            lines.append(charts.Line(name=f"{name}, held out", colour=colour, points=points, style=style))
-    return [line for line in lines if line.points]
-
-
-def _x_name(history: History) -> str:
-    """Participants with different numbers of rows are at the same epoch when they are merged, not at the same step."""
-    return "epoch" if history.is_iterative else "step"
-
-
-def _chart(
-    history: History, lines: Sequence[charts.Line], title: str, note: str, *, from_zero: bool = False
-) -> Chart:
-    rules = report_rounds.merge_rules(history)
-    svg = charts.line_chart(lines, label=title, x_name=_x_name(history), from_zero=from_zero, rules=rules)
-    # Every text inside is escaped by the chart module.
-    return Chart(title=title, note=note, svg=Markup(svg))
-
-
-def _in_order(history: History) -> list[tuple[str, Any]]:
-    names = dict.fromkeys([*history.facts["participants"], *history.series])
-    return [(name, history.series[name]) for name in names if name in history.series]
-
-
 def _legend(history: History) -> list[dict[str, Any]]:
-    names = [name for name, _ in _in_order(history)]
+    names = [name for name, _ in report_charts.series_in_order(history)]
     if len(names) < 2:
         return []
     return [
