@@ -49,11 +49,12 @@ def test_other_ranks_write_and_show_nothing(fake_run, make_config, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_reporting_imports_no_torch(fake_run_path, tmp_path):
+@pytest.mark.parametrize(("script", "size"), [("fake_run_path", "--steps"), ("fake_rounds_path", "--epochs")])
+def test_reporting_imports_no_torch(request, tmp_path, script, size):
     code = (
         "import runpy, sys\n"
-        f"sys.argv = ['x', {str(tmp_path / 'run')!r}, '--steps', '3']\n"
-        f"runpy.run_path({str(fake_run_path)!r}, run_name='__main__')\n"
+        f"sys.argv = ['x', {str(tmp_path / 'run')!r}, {size!r}, '3']\n"
+        f"runpy.run_path({str(request.getfixturevalue(script))!r}, run_name='__main__')\n"
         "heavy = {'torch', 'transformers', 'datasets', 'tensorflow', 'wandb'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
@@ -200,6 +201,61 @@ def test_tensorboard_shows_each_step_once_after_a_resume(fake_run, make_config):
         "eval/accuracy",
     }
     assert tags <= set(shown)
+
+
+def test_tensorboard_shows_merges_where_they_were_made(fake_rounds, make_config):
+    config = make_config(report_to=["tensorboard"])
+    run = fake_rounds.FakeRounds(["en-US", "fr-FR"], 4)
+    tracker = trackers.build_trackers(config.output_dir, config)[0]
+    for record in run.records():
+        tracker.handle(record)
+    tracker.handle(dataclasses.replace(run.merge(4), round=5, status="failed"))
+    tracker.close()
+    for name, is_accepted in (("en-US", 1.0), ("fr-FR", 0.0)):
+        shown = read_events(config.output_dir / name / "logs")
+        assert shown["merge/is_accepted"] == [(40, is_accepted), (80, is_accepted)]
+        merges = [run.merge(2), run.merge(4)]
+        for when in ("before", "after"):
+            values = [getattr(merge, when)[name]["accuracy"] for merge in merges]
+            assert [value for _, value in shown[f"merge/accuracy_{when}"]] == pytest.approx(values)
+        weights = [merge.weights[name]["fr-FR"] for merge in merges]
+        assert [value for _, value in shown["merge_weight/fr-FR"]] == pytest.approx(weights)
+        assert [step for step, _ in shown["train/loss"]] == list(range(1, 81))
+
+
+def test_tensorboard_shows_each_step_once_when_a_participant_is_set_back(fake_rounds, make_config):
+    config = make_config(report_to=["tensorboard"])
+    run = fake_rounds.FakeRounds(["en-US"], 2)
+    tracker = trackers.build_trackers(config.output_dir, config)[0]
+    for step in (*range(1, 18), *range(11, 31)):
+        tracker.handle(run.step("en-US", step))
+    tracker.close()
+    assert [step for step, _ in read_events(config.output_dir / "en-US" / "logs")["train/loss"]] == list(
+        range(1, 31)
+    )
+
+
+@pytest.mark.parametrize("module_name", ["wandb", "trackio"])
+def test_merges_reach_a_tracker_with_finite_numbers_and_their_step(fake_rounds, tmp_path, module_name):
+    class Run:
+        def __init__(self) -> None:
+            self.logged: list[dict[str, float]] = []
+
+        def log(self, values: dict[str, float]) -> None:
+            self.logged.append(values)
+
+    run = fake_rounds.FakeRounds(["en-US", "fr-FR"], 2)
+    merge = run.merge(2)
+    after = {"en-US": {"loss": math.nan, "accuracy": 0.5, "num_tokens": 7}, "fr-FR": {"accuracy": 0.25}}
+    tracker = trackers.RunTracker(module_name, "project", "name", {}, tmp_path, None)
+    tracker._run, tracker._is_alone = Run(), False
+    tracker.handle(dataclasses.replace(merge, after=after, weights={"all": {"en-US": 0.75, "fr-FR": 0.25}}))
+    first, second = tracker._run.logged
+    assert first["en-US/merge/accuracy_after"] == 0.5
+    assert first["en-US/merge_weight/fr-FR"] == second["fr-FR/merge_weight/fr-FR"] == 0.25
+    assert first["en-US/train/step"] == second["fr-FR/train/step"] == 40
+    assert not any("loss_after" in tag or "num_tokens" in tag for tag in first)
+    assert second["fr-FR/merge/is_accepted"] == 0.0
 
 
 def test_a_lost_loss_reaches_tensorboard(fake_run, make_config):

@@ -1,7 +1,6 @@
 import dataclasses
 import math
 import re
-from html.parser import HTMLParser
 
 import pytest
 from hypothesis import given
@@ -12,47 +11,15 @@ from toolkit.reporting.history_writer import HistoryWriter
 from toolkit.reporting.records import MessageRecord, RunEnd, SampleRecord, StepRecord
 from toolkit.reporting.report import ReportWriter, render
 
-VOID = {"meta", "br", "link", "img"}
-
-
-class Page(HTMLParser):
-    """Checks that elements are closed in order, and collects what the tests look at."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
 
 @pytest.fixture
-def draw(fake_run, tmp_path):
-    def draw(names, num_steps, *extra, change=lambda record: record) -> Page:
+def draw(fake_run, tmp_path, page_of):
+    def draw(names, num_steps, *extra, change=lambda record: record):
         writer = HistoryWriter(tmp_path)
         writer.handle(fake_run.start(names, num_steps))
         for record in [*fake_run.records(names, num_steps), *extra]:
             writer.handle(change(record) if isinstance(record, StepRecord) else record)
-        return Page(render(writer.history, config={"model": "m", "max_steps": None}, run_dir=tmp_path))
+        return page_of(render(writer.history, config={"model": "m", "max_steps": None}, run_dir=tmp_path))
 
     return draw
 
@@ -125,14 +92,14 @@ def test_a_run_with_nothing_finite_has_no_loss_chart(draw):
     assert "loss by step" in labels  # its evaluations are finite
 
 
-def test_the_report_is_drawn_while_the_run_is_on_and_at_its_end(fake_run, tmp_path):
+def test_the_report_is_drawn_while_the_run_is_on_and_at_its_end(fake_run, tmp_path, page_of):
     writer = HistoryWriter(tmp_path)
     report = ReportWriter(tmp_path, writer.history, config={})
     path = tmp_path / "report.html"
     for record in [fake_run.start(["m"], 30), *fake_run.records(["m"], 30)]:
         for listener in (writer, report):
             listener.handle(record)
-    assert Page(path.read_text(encoding="utf-8")).all("meta")[-1] == {
+    assert page_of(path.read_text(encoding="utf-8")).all("meta")[-1] == {
         "http-equiv": "refresh",
         "content": "30",
     }

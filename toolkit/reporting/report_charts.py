@@ -23,6 +23,7 @@ class Chart:
 
 
 def curves(history: History) -> list[Chart]:
+    """Every chart that has something to show."""
     wanted = [
         ("learning rate", "", "learning_rate", 1),
         ("gradient norm", "before clipping", "grad_norm", 1),
