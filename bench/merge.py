@@ -4,12 +4,16 @@
     python bench/merge.py [speed|memory|small] [--out bench/results/merge_speed.json]
 
 speed   4 Llama-shaped bf16 models of 350 M parameters: linear of four, SLERP of two, TIES and DARE-TIES of three and a
-        base; time of the engine (imports not counted, meldkit's hashing and fsync off as mergekit has neither), of the
-        whole process as a user calls it (meldkit's hashing and fsync on), and the bandwidth against a copy.
+        base.
+        engine: imports not counted, meldkit's hashing and fsync off as mergekit has neither; beside it the copy that
+        merely reads the inputs and writes an output of that size. mergekit_over_copy is what no engine can exceed.
+        whole_process: as a user calls it, with meldkit's SHA-256 of all inputs and fsync. meldkit_first has never seen
+        the inputs; meldkit_again has merged them before, and remembers the SHA-256 of files that have not changed.
 memory  peak anonymous memory of the process for 2, 4 and 8 models of 350 M and of 1.5 B parameters.
 small   20,000 tensors of a few bytes each (mergekit takes a quarter of an hour).
 
-The files are in the page cache. Reported: medians over the repeats and the median of the paired ratios.
+The files are in the page cache, Python's byte code and meldkit's machine code are there from an earlier run. Reported:
+medians over the repeats and the median of the paired ratios.
 """
 
 import argparse
@@ -28,7 +32,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from toolkit.merging.commands import DIGESTS_NAME
+from toolkit.merging.streaming.digest_memory import SETTLED_NS
+
 HERE = Path(__file__).resolve().parent
+# Between two looks at a process's memory.
+POLL_SECONDS = 0.01
 MERGEKIT_PYTHON = HERE.parent / ".cache" / "bench" / "mergekit" / "bin" / "python"
 SIZES = {
     "350M": {"hidden": 1024, "intermediate": 2816, "layers": 22, "vocabulary": 32000},
@@ -105,22 +114,30 @@ CASES = {"linear of 4": ("linear", 4), "slerp of 2": ("slerp", 2)}
 CASES |= {"ties of 3 and a base": ("ties", 4), "dare_ties of 3 and a base": ("dare_ties", 4)}
 
 
-def environment() -> dict[str, str]:
+def environment(cache: Path) -> dict[str, str]:
     threads = str(len(os.sched_getaffinity(0)))
-    return {
-        **os.environ,
+    inherited = {
+        k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"
+    }  # users keep byte code
+    return inherited | {
         "OMP_NUM_THREADS": threads,
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "MELDKIT_CACHE": str(cache),
     }
 
 
-def timed(command: list[str], out: Path) -> tuple[float, float, str]:
-    """Wall-clock seconds of a fresh process, its peak anonymous memory in MB, its standard output."""
+def timed(command: list[str], out: Path) -> dict:
+    """A fresh process: seconds by the clock, peak anonymous memory in MB, standard output, meldkit's report."""
     shutil.rmtree(out, ignore_errors=True)
+    os.sync()  # what the run before left to write is not this one's
     began = time.perf_counter()
     process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=environment(out.parent / "cache"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     peak = 0
     while process.poll() is None:
@@ -131,20 +148,32 @@ def timed(command: list[str], out: Path) -> tuple[float, float, str]:
             )
         except (OSError, TypeError):
             pass
-        time.sleep(0.005)
+        time.sleep(POLL_SECONDS)
     seconds = time.perf_counter() - began
     output, errors = process.communicate()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{errors[-3000:]}")
+    report = out / "merge_report.json"
+    facts = json.loads(report.read_text()) if report.exists() else {}
     shutil.rmtree(out, ignore_errors=True)
-    return seconds, peak / 1024, output
+    return {"whole_seconds": seconds, "peak_anonymous_MB": peak / 1024, "output": output, "report": facts}
 
 
 def whole_process(arm: str, config: Path, out: Path) -> list[str]:
     """What a user types."""
     if arm == "mergekit":
         return [str(MERGEKIT_PYTHON.with_name("mergekit-yaml")), str(config), str(out), "--no-copy-tokenizer"]
+    if arm == "meldkit_first":
+        (out.parent / "cache" / DIGESTS_NAME).unlink(missing_ok=True)
     return [str(Path(sys.executable).with_name("meldkit")), "merge", str(config), str(out), "--quiet"]
+
+
+def check_digests(arm: str, report: dict) -> None:
+    """Raises SystemExit where an arm has not done what its name says."""
+    found = {file["sha256_was"] for model in report["inputs"] for file in model["files"]}
+    expected = {"meldkit_first": "computed", "meldkit_again": "remembered"}[arm]
+    if found != {expected}:
+        raise SystemExit(f"{arm}: digests were {found}, not all {expected}")
 
 
 def engine(arm: str, config: Path, out: Path) -> list[str]:
@@ -171,30 +200,38 @@ def paired(rows: list[dict], peers: list[dict], key: str) -> float:
 
 
 def measure(arms: list[str], config: Path, out: Path, repeats: int, size: int, *, whole: bool) -> dict:
+    """Seconds of each arm, and for each of meldkit's the paired ratios of the others to it."""
+
     def run(arm: str) -> dict:
-        seconds, peak, output = timed((whole_process if whole else engine)(arm, config, out), out)
-        return {"whole_seconds": seconds, "peak_anonymous_MB": peak, "output": output}
+        row = timed((whole_process if whole else engine)(arm, config, out), out)
+        if whole and arm != "mergekit":
+            check_digests(arm, row["report"])
+        return row if whole else row | json.loads(row["output"].strip().splitlines()[-1])
 
     rows = alternate(arms, repeats, run)
-    if not whole:
-        for arm in arms:
-            for row in rows[arm]:
-                row |= json.loads(row["output"].strip().splitlines()[-1])
     key = "whole_seconds" if whole else "seconds"
-    result: dict = {arm: {"seconds": median(rows[arm], key)} for arm in arms}
+    result: dict = {}
     for arm in arms:
+        result[arm] = {"seconds": median(rows[arm], key)}
         result[arm]["peak_anonymous_MB"] = round(max(row["peak_anonymous_MB"] for row in rows[arm]))
         if not whole:
             result[arm]["GB_per_second"] = round(size / 1e9 / result[arm]["seconds"], 2)
-        if arm != "meldkit":
-            result[f"{arm}_over_meldkit"] = paired(rows["meldkit"], rows[arm], key)
+    own = [arm for arm in arms if arm.startswith("meldkit")]
+    peers = [arm for arm in arms if arm not in own]
+    for peer in peers:
+        for arm in own:
+            result[f"{peer}_over_{arm}"] = paired(rows[arm], rows[peer], key)
+    if {"copy", "mergekit"} <= set(peers):
+        result["mergekit_over_copy"] = paired(rows["copy"], rows["mergekit"], key)
     return result
 
 
 def speed(work: Path, repeats: int, with_mergekit: bool) -> dict:
     models = make_models(work, "350M", 4)
+    settle(models)
     peers = ["mergekit"] if with_mergekit else []
     results: dict = {}
+    prepare(work, models, peers)
     for title, (method, count) in CASES.items():
         config, out = work / "recipe.yml", work / "out"
         config.write_text(recipe(method, models[:count]))
@@ -202,7 +239,9 @@ def speed(work: Path, repeats: int, with_mergekit: bool) -> dict:
         warm(models)
         results[title] = {
             "engine": measure(["meldkit", "copy", *peers], config, out, repeats, size, whole=False),
-            "whole_process": measure(["meldkit", *peers], config, out, repeats, size, whole=True),
+            "whole_process": measure(
+                ["meldkit_first", "meldkit_again", *peers], config, out, repeats, size, whole=True
+            ),
         }
         print(title, json.dumps(results[title], indent=1), flush=True)
     return results
@@ -235,12 +274,32 @@ def memory(work: Path, repeats: int, with_mergekit: bool) -> dict:
             for method in ("linear", "ties", "dare_ties"):
                 config, out = work / "recipe.yml", work / "out"
                 config.write_text(recipe(method, models))
-                _, peak, _ = timed(whole_process("meldkit", config, out), out)
+                timed(
+                    whole_process("meldkit_first", config, out), out
+                )  # compiles what this number of models needs
+                peak = timed(whole_process("meldkit_first", config, out), out)["peak_anonymous_MB"]
                 results[f"{method}, {count} models of {size}"] = {"meldkit_MB": round(peak)}
                 print(method, count, size, results[f"{method}, {count} models of {size}"], flush=True)
             for link in models:
                 shutil.rmtree(link)
     return results
+
+
+def settle(models: list[Path]) -> None:
+    """Wait until meldkit trusts that the files are no longer written."""
+    newest = max(path.stat().st_ctime for model in models for path in model.glob("*.safetensors"))
+    time.sleep(max(0.0, newest + SETTLED_NS / 1e9 + 1 - time.time()))
+
+
+def prepare(work: Path, models: list[Path], peers: list[str]) -> None:
+    """One run of everything that is not timed: it leaves byte code and machine code behind."""
+    config, out = work / "recipe.yml", work / "out"
+    for method, count in CASES.values():
+        config.write_text(recipe(method, models[:count]))
+        timed(whole_process("meldkit_first", config, out), out)
+    config.write_text(recipe("linear", models))
+    for peer in peers:
+        timed(whole_process(peer, config, out), out)
 
 
 def warm(models: list[Path]) -> None:

