@@ -5,8 +5,9 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ from toolkit.cli.samples import check_samples, make_samples
 from toolkit.config.load import Loaded, load
 from toolkit.config.recipes import RECIPES
 from toolkit.config.shipped import shipped_file
+from toolkit.durable import write_json
 from toolkit.errors import RunDirectoryError
 from toolkit.terminal import BOLD, out, styled
 
@@ -48,6 +50,56 @@ def run_recipe(recipe: str, argv: Sequence[str]) -> int:
     return guarded(starter.start, debug=debug, log=starter.log_file, resume_hint=starter.resume_hint)
 
 
+def run_config(recipe: str, config: Any) -> int:
+    """Run a recipe with a configuration made in Python; returns the exit status.
+
+    With several processes, or DeepSpeed, they are launched with the configuration in a file.
+
+    Raises:
+        MeldkitError: of the kinds in ``toolkit.errors``; the command line prints it instead.
+    """
+    if recipe in OPTION_RULES:
+        importlib.import_module(OPTION_RULES[recipe])
+    _check_inputs(config, recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / CONFIG_NAME
+        write_json(path, config.model_dump(mode="json", exclude={"resume"}))
+        argv = ["--config", str(path), *(["--resume"] if config.resume else [])]
+        return _run(recipe, config, argv)
+
+
+def _check_inputs(config: Any, recipe: str) -> None:
+    """Raise for what is not there (files, samples, languages, trackers), while nothing has begun."""
+    from toolkit.reporting.trackers import missing_trackers
+
+    check_files(config, recipe)
+    if getattr(config, "weighting", None) == "similarity":
+        from toolkit.rounds.option_rules import check_languages
+
+        check_languages(config)
+    check_samples(config)
+    for error in missing_trackers(config):
+        raise error
+
+
+def _run(recipe: str, config: Any, argv: list[str], on_begin: Callable[[], None] = lambda: None) -> int:
+    from toolkit.launch.plan import is_launched, resolve_plan
+
+    plan = resolve_plan(config)
+    make_samples(config)
+    if plan.needs_launcher and not is_launched(os.environ):
+        from toolkit.launch.launcher import launch
+
+        return launch(plan, recipe, argv)
+    # Read by torch, accelerate and DeepSpeed while they are imported.
+    os.environ.update(plan.environment())
+    on_begin()
+    from toolkit.reporting.libraries import quiet_libraries
+
+    with quiet_libraries(config.log_level):
+        return importlib.import_module(RUNS[recipe]).run(config, plan)
+
+
 class _Starter:
     """One start of a recipe. What is known when an error strikes is kept for the message about it."""
 
@@ -69,38 +121,11 @@ class _Starter:
             return self._print_config(loaded) if is_main else 0
         if request.dry_run:
             return self._dry_run(loaded) if is_main else 0
-        self._check_inputs(loaded.config)
-        return self._run(loaded)
+        _check_inputs(loaded.config, self.recipe)
+        return _run(self.recipe, loaded.config, self.argv, self._begin)
 
-    def _check_inputs(self, config: Any) -> None:
-        """Raise for what is not there (files, samples, languages, trackers), while nothing has begun."""
-        from toolkit.reporting.trackers import missing_trackers
-
-        check_files(config, self.recipe)
-        if getattr(config, "weighting", None) == "similarity":
-            from toolkit.rounds.option_rules import check_languages
-
-            check_languages(config)
-        check_samples(config)
-        for error in missing_trackers(config):
-            raise error
-
-    def _run(self, loaded: Loaded[Any]) -> int:
-        from toolkit.launch.plan import is_launched, resolve_plan
-
-        plan = resolve_plan(loaded.config)
-        make_samples(loaded.config)
-        if plan.needs_launcher and not is_launched(os.environ):
-            from toolkit.launch.launcher import launch
-
-            return launch(plan, self.recipe, self.argv)
-        # Read by torch, accelerate and DeepSpeed while they are imported.
-        os.environ.update(plan.environment())
+    def _begin(self) -> None:
         self.has_begun = True
-        from toolkit.reporting.libraries import quiet_libraries
-
-        with quiet_libraries(loaded.config.log_level):
-            return importlib.import_module(RUNS[self.recipe]).run(loaded.config, plan)
 
     def _save(self, loaded: Loaded[Any]) -> None:
         """Write the file of --save-config.
@@ -148,7 +173,7 @@ class _Starter:
             out(f"#   {shell_line(plan, module)}")
         else:
             out(f"#   {shlex.join(['meldkit', *module[1:]])}")
-        self._check_inputs(loaded.config)
+        _check_inputs(loaded.config, self.recipe)
         out("\n# Dry run: nothing was started.")
         return 0
 

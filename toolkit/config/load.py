@@ -225,6 +225,23 @@ def _take_flag(option: Option, given: list[str | bool], flag: str, values: _Valu
     values.settled.discard(option.name)
 
 
+def validated(config_class: type[ConfigT], given: Mapping[str, Any]) -> ConfigT:
+    """A configuration of values that Python code gives.
+
+    Raises:
+        ConfigError: all that is wrong, unknown names with the nearest one.
+    """
+    options = options_of(config_class)
+    values = _Values(raw={name: value for name, value in given.items() if name in options})
+    values.problems += [
+        f"unknown option '{name}'{did_you_mean(name, options)}" for name in given if name not in options
+    ]
+    config = _validate(config_class, options, values)
+    if config is None or values.problems:
+        raise ConfigError(values.problems)
+    return config
+
+
 def _validate(config_class: type[ConfigT], options: Mapping[str, Option], values: _Values) -> ConfigT | None:
     """Return the configuration, or None after its problems have been added to ``values``."""
     usable = {name: value for name, value in values.raw.items() if name not in values.settled}

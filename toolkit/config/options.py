@@ -78,6 +78,9 @@ class Options(BaseModel):
     unavailable: ClassVar[Mapping[str, str]] = {}
     """Options of an inherited group that a recipe refuses, each with the reason. They have no flag."""
 
+    is_part: ClassVar[bool] = False
+    """A part of a recipe's options: rules between options are left to the whole."""
+
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
@@ -90,7 +93,7 @@ class Options(BaseModel):
 
     @model_validator(mode="after")
     def _options_fit_together(self) -> Self:
-        found = conflicts(self)
+        found = [] if self.is_part else conflicts(self)
         if found:
             text = "; ".join(f"{'.'.join(c.place)} {c.message}" for c in found)
             raise PydanticCustomError("conflicts", "{text}", {"text": text, "conflicts": found})
