@@ -54,6 +54,8 @@ class Baselines:
         """
         run, team = self._run, self._run.team
         done = {record["participant"] for record in run.journal.records(BASELINE)}
+        for locale in team.own(sorted(done)):  # a process that was killed may not have come to it
+            self._discard_checkpoints(self._store(locale))
         left = [locale for locale in run.config.locales if locale not in done]
         if left and run.is_main:
             run.say("info", f"for the comparison: training {', '.join(left)} without merging")
@@ -74,13 +76,7 @@ class Baselines:
         run = self._run
         self._quiet.listener = _Progress(run.listener, locale)
         name = f"{FOLDER}/{locale}"
-        store = CheckpointStore(
-            run.directory.path,
-            name,
-            run.journal,
-            keep=run.config.keep_checkpoints,
-            process_state=run.processes,
-        )
+        store = self._store(locale)
         trainer = self._factory.build(
             name,
             self._rows[locale],
@@ -100,7 +96,22 @@ class Baselines:
         finally:
             self._factory.discard(trainer, locale)
         run.journal.append(BASELINE, participant=locale, status=participant.standing.status)
+        self._discard_checkpoints(store)
+
+    def _store(self, locale: str) -> CheckpointStore:
+        run = self._run
+        return CheckpointStore(
+            run.directory.path,
+            f"{FOLDER}/{locale}",
+            run.journal,
+            keep=run.config.keep_checkpoints,
+            process_state=run.processes,
+        )
+
+    @staticmethod
+    def _discard_checkpoints(store: CheckpointStore) -> None:
         store.forget_behind(None)
+        store.recover()
 
 
 class _Progress:
