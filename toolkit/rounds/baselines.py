@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from toolkit.data.prepare import Prepared
-from toolkit.errors import Interrupted
+from toolkit.errors import Interrupted, RunError
 from toolkit.reporting.records import AlertRecord, EvaluationRecord, MessageRecord
 from toolkit.rounds.checkpoints import CheckpointStore
 from toolkit.rounds.loop import RoundLoop
@@ -90,13 +90,20 @@ class Baselines:
         loop = RoundLoop(self._quiet, [participant], name=name, num_epochs=run.config.num_epochs)
         loop.start(loop.last_intact_commit())
         try:
-            loop.go()
-            for other, rows in self._compared.items():
+            self._go(loop, participant)
+            for other, rows in self._compared.items() if participant.standing.status != "failed" else ():
                 self._outcomes.write(OWN_TRAINING, locale, trainer.evaluate_rows(rows), rows_of=other)
         finally:
             self._factory.discard(trainer, locale)
         run.journal.append(BASELINE, participant=locale, status=participant.standing.status)
         self._discard_checkpoints(store)
+
+    def _go(self, loop: RoundLoop, participant: Participant) -> None:
+        try:
+            loop.go()
+        except RunError:
+            if participant.standing.status != "failed":
+                raise  # its own failure is an alert, and leaves a gap in the comparison
 
     def _store(self, locale: str) -> CheckpointStore:
         run = self._run
