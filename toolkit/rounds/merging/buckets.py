@@ -106,13 +106,13 @@ class Layout:
                 size = _num_bytes(stretch, kinds)
                 self.num_bytes += -(-size // ALIGNMENT) * ALIGNMENT
 
-    def pack(self, state: Mapping[str, Tensor], device: torch.device) -> Tensor:
-        """The buffer [num_bytes], with the state's elements."""
-        return self._packed({s: state[s.name].reshape(-1)[s.start : s.stop] for s, _ in self._places}, device)
+    def pack(self, state: Mapping[str, Tensor], buffer: Tensor) -> None:
+        """Copy a state's elements into the buffer [num_bytes]."""
+        self._fill(buffer, {s: state[s.name].reshape(-1)[s.start : s.stop] for s, _ in self._places})
 
-    def pack_part(self, part: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    def pack_part(self, part: Mapping[str, Tensor], buffer: Tensor) -> None:
         """The same of tensors that hold the bucket's elements only."""
-        return self._packed({stretch: part[stretch.name].reshape(-1) for stretch, _ in self._places}, device)
+        self._fill(buffer, {stretch: part[stretch.name].reshape(-1) for stretch, _ in self._places})
 
     def unpack(self, buffer: Tensor, device: torch.device) -> dict[str, Tensor]:
         """The tensors, views of the buffer where it lies on ``device``; stretches of cut ones are flat."""
@@ -128,11 +128,9 @@ class Layout:
         for stretch, view in self._views(buffer):
             state[stretch.name].view(-1)[stretch.start : stretch.stop].copy_(view)
 
-    def _packed(self, flat: Mapping[Stretch, Tensor], device: torch.device) -> Tensor:
-        buffer = torch.zeros(self.num_bytes, dtype=torch.uint8, device=device)
+    def _fill(self, buffer: Tensor, flat: Mapping[Stretch, Tensor]) -> None:
         for stretch, view in self._views(buffer):
             view.copy_(flat[stretch])
-        return buffer
 
     def _views(self, buffer: Tensor) -> Iterator[tuple[Stretch, Tensor]]:
         for stretch, place in self._places:
@@ -140,10 +138,35 @@ class Layout:
             yield stretch, buffer[place : place + size].view(self._kinds[stretch.name].dtype)
 
 
+class Buffers:
+    """Memory for buckets, used again in every turn: what is allocated and freed thousands of times in a thread of its
+    own comes back to the system late, and would add up to copies of the state."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: list[Tensor] = []
+        self._used = 0
+
+    def reset(self) -> None:
+        """All buffers are free again."""
+        self._used = 0
+
+    def take(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes], of any content."""
+        if self._used == len(self._buffers):
+            self._buffers.append(torch.empty(0, dtype=torch.uint8, device=self._device))
+        if self._buffers[self._used].numel() < num_bytes:
+            self._buffers[self._used] = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        self._used += 1
+        return self._buffers[self._used - 1][:num_bytes]
+
+
 def part_of(state: Mapping[str, Tensor], bucket: Bucket) -> dict[str, Tensor]:
-    """The bucket's tensors of a state that is here (theta_0), shaped like those of :meth:`Layout.unpack`."""
+    """The bucket's tensors that a state has which is here, shaped like those of :meth:`Layout.unpack`."""
     tensors = {}
     for stretch in bucket:
+        if stretch.name not in state:
+            continue
         tensor = state[stretch.name]
         if stretch.stop - stretch.start < tensor.numel():
             tensor = tensor.reshape(-1)[stretch.start : stretch.stop]

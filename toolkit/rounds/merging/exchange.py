@@ -21,7 +21,7 @@ from toolkit.merging.memory import FisherMeasures, measure_fisher
 from toolkit.merging.states import State
 from toolkit.rounds.merging import integrity, tied
 from toolkit.rounds.merging.attempts import Deadline, is_transient
-from toolkit.rounds.merging.buckets import Bucket, Kind, Layout, cut, part_of
+from toolkit.rounds.merging.buckets import Bucket, Buffers, Kind, Layout, cut, part_of
 from toolkit.rounds.merging.combination import Combination, Combined, Job, Part, seed_of
 from toolkit.rounds.merging.contribution import Contribution
 from toolkit.rounds.merging.factors import ProductError
@@ -90,6 +90,7 @@ class Exchange:
         self._combination, self._wire, self._deadline = combination, wire, deadline
         self._order, self._base, self._seed = order, base, seed
         self._validate, self._num_bytes = validate, num_bytes
+        self._buffers = Buffers(wire.device)
         self._mine: dict[str, State] = {}
         self._my_fishers: dict[str, State] = {}
 
@@ -189,6 +190,7 @@ class Exchange:
         if len(states) < len(contributions):
             raise InputError("a participant brings two states")
         integrity.check_alike(states)
+        integrity.check_fishers(contributions)
         first = contributions[0].state if contributions else {}
         is_tied = contributions and not self._combination.is_lora
         fishers = [entry.fisher or {} for entry in contributions]
@@ -226,6 +228,7 @@ class Exchange:
     ) -> None:
         """Merge one bucket on each rank, and hand the results out."""
         self._deadline.check()
+        self._buffers.reset()
         used = [name for name in plan.owners if any(job.takes(name) for job in jobs)]
         states, fishers = self._collect(plan, buckets, used, device)
         merged: dict[str, Combined] = {}
@@ -264,9 +267,11 @@ class Exchange:
                     if name in held and owner == wire.rank:
                         collected[name] = part_of(held[name], bucket)
                     elif name in held:
-                        sends.append((layout.pack(held[name], wire.device), owner))
+                        buffer = self._buffers.take(layout.num_bytes)
+                        layout.pack(held[name], buffer)
+                        sends.append((buffer, owner))
                     elif owner == wire.rank:
-                        buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=wire.device)
+                        buffer = self._buffers.take(layout.num_bytes)
                         receives.append((buffer, plan.owners[name]))
                         arriving.append((collected, name, layout, buffer))
         wire.exchange(sends, receives)
@@ -312,12 +317,13 @@ class Exchange:
             layout = Layout(bucket, plan.kinds)
             for job in jobs:
                 if owner == wire.rank:
-                    buffer = layout.pack_part(merged[job.label].state, wire.device)
+                    buffer = self._buffers.take(layout.num_bytes)
+                    layout.pack_part(merged[job.label].state, buffer)
                     sends += [(buffer, rank) for rank in self._receivers(job, plan) if rank != wire.rank]
                     if job.label in results:
                         arriving.append((layout, buffer, job.label))
                 elif job.label in results:
-                    buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=wire.device)
+                    buffer = self._buffers.take(layout.num_bytes)
                     receives.append((buffer, owner))
                     arriving.append((layout, buffer, job.label))
         wire.exchange(sends, receives)

@@ -2,8 +2,8 @@
 
 Averaging A and B apart is not averaging the products. The nearest product of the same rank is known (Eckart & Young
 1936), but not the factors it is written in: B G and G^-1 A are the same product for every invertible G. Optimizers,
-though, keep moments of each factor's elements. So of all pairs with that product the one is taken whose A is nearest to
-the mean of the A_k; where the factors' mean happens to be exact, it is what comes out.
+though, keep moments of each factor's elements. So of all pairs with that product one is taken whose A is near the mean
+of the A_k; where the factors' mean happens to be exact, it is what comes out.
 
 Legend: K contributions of rank r; B_k [out, r], A_k [r, in]; q <= r is the rank of the merged product.
 """
@@ -97,24 +97,25 @@ def mean_product(
 def near_mean(product: Factors, mean_a: Floats, shortest: float) -> tuple[Floats, Floats]:
     """B [out, r] and A [r, in] with B A = ``product``, A near ``mean_a``.
 
-    With the product U S V' and M = mean_a V: A = M V' + (1 - M M^+) mean_a (1 - V V'), B = U S M^+. The second term
-    fills what the product leaves free (all of A where the product is zero); B does not see it.
+    With the product U S V' and mean_a = L Q, Q of orthonormal rows: the rows of Q are turned, by the smallest rotation
+    (orthogonal Procrustes), until they span those of V', which gives R; A = L R, and B = U S V' R' L^-1. Rows that the
+    product does not need stay as they are, all of them where it is zero.
 
     Args:
         product: U sqrt(S) and sqrt(S) V'.
         mean_a: [r, in].
-        shortest: smallest singular value of M.
+        shortest: smallest singular value of A.
     """
     values = np.sum(product.b**2, axis=0)
     keep = values > NEGLIGIBLE * max(values, default=0.0)
     root = np.sqrt(values[keep])
     u, v = product.b[:, keep] / root, (product.a[keep] / root[:, None]).T
-    inside = mean_a @ v
-    x, lengths, y = np.linalg.svd(inside, full_matrices=False)
+    x, lengths, q = np.linalg.svd(mean_a, full_matrices=False)
     lengths = np.maximum(lengths, shortest)
-    outside = mean_a - inside @ v.T
-    a = (x * lengths) @ y @ v.T + outside - x @ (x.T @ outside)
-    b = (u * values[keep]) @ (y.T / lengths) @ x.T
+    left, _, right = np.linalg.svd(q @ v, full_matrices=False)
+    turn = left @ right  # [rows of Q, columns of V]
+    a = (x * lengths) @ (turn @ v.T + q - left @ (left.T @ q))
+    b = (u * values[keep]) @ turn.T @ (x / lengths).T
     return b, a
 
 

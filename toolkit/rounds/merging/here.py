@@ -47,6 +47,7 @@ class Here:
         used = [entry for entry in contributions if job.takes(entry.participant)]
         states = [entry.state for entry in used]
         integrity.check_alike({entry.participant: entry.state for entry in used})
+        integrity.check_fishers(used)
         fishers: list[State] = []
         if self._combination.method.needs_fisher and len(used) > 1:
             fishers = [entry.fisher or {} for entry in used]

@@ -11,12 +11,13 @@ from torch import Tensor
 from toolkit.errors import InputError, MergeError, ModelError
 from toolkit.merging.states import State
 from toolkit.rounds.merging.combination import Combination, Part
+from toolkit.rounds.merging.contribution import Contribution
 from toolkit_kernels.pool import Pool
 
 # How far a sum of weights may be from 1: rounding of weights that were read from a file with six digits.
 WEIGHT_TOLERANCE = 1e-6
-# Elements that are compared with the envelope at a time.
-CHUNK = 1 << 20
+# Elements that are compared with the envelope at a time: of a dozen states they stay in the cache.
+CHUNK = 1 << 16
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
@@ -57,6 +58,17 @@ def check_alike(states: Mapping[str, State]) -> None:
                 raise ModelError(
                     f"{name}: {other.dtype} {tuple(other.shape)} in the state of {participant}, "
                     f"{tensor.dtype} {tuple(tensor.shape)} in that of {first}"
+                )
+
+
+def check_fishers(contributions: Sequence[Contribution]) -> None:
+    """Raises ModelError where a Fisher has a tensor that its state lacks, or another shape."""
+    for entry in contributions:
+        for name, tensor in (entry.fisher or {}).items():
+            if name not in entry.state or entry.state[name].shape != tensor.shape:
+                raise ModelError(
+                    f"{name}: the Fisher of {entry.participant} has it with shape {tuple(tensor.shape)}, and its state "
+                    "has not"
                 )
 
 
