@@ -99,6 +99,7 @@ def test_each_participant_has_its_own_losses(monitor, step_of):
     train(monitor, step_of, [1.0] * 30, "a")
     assert train(monitor, step_of, [50.0] * 30, "b") == []
     assert [a.participant for a in train(monitor, step_of, [50.0] * 5, "a", first=31)] == ["a"]
+    assert [a.participant for a in train(monitor, step_of, [500.0] * 5, "b", first=31)] == ["b"]
 
 
 def test_thresholds_are_looked_at(step_of):
@@ -117,6 +118,7 @@ def test_thresholds_are_looked_at(step_of):
         ([0.8, 0.41], 0),  # not below half of the best
         ([0.1, 0.02], 0),  # not 0.1 below the best
         ([0.8, 0.3, 0.2], 1),
+        ([0.8, 0.5, 0.3], 1),  # half of the best, not of the one before
         ([0.8, 0.3, 0.7, 0.3], 2),
         ([0.0, 0.0], 0),
     ],

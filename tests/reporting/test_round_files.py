@@ -322,6 +322,22 @@ def test_a_history_is_read_back_as_the_records_it_was_made_of(tmp_path, fake_rou
     assert history.comparison == writer.history.comparison
 
 
+def test_what_lies_beyond_the_restored_steps_is_dropped(tmp_path, fake_rounds, names):
+    run = fake_rounds.FakeRounds(names, NUM_EPOCHS)
+    writer = HistoryWriter(tmp_path)
+    for record in [run.start(), *run.records()]:
+        writer.handle(record)
+    writer.flush()
+    restored = dict.fromkeys(names, 60) | {"de-DE": 50}
+    history = History.load(tmp_path / "training_history.json", restored)
+    assert [merge["epoch"] for merge in history.merges] == [2]
+    assert [entry["epoch"] for entry in history.rounds] == [1, 2, 3]
+    assert round_metrics.status_of(history, "de-DE")[0] == "failed"
+    assert round_metrics.status_of(history, "fr-FR")[0] == "active"
+    before = History.load(tmp_path / "training_history.json", dict.fromkeys(names, 19))
+    assert (before.merges, before.rounds) == ([], [])
+
+
 def test_the_story_has_everything_but_the_steps(fake_rounds, make_config, names):
     config = make_config()
     play(fake_rounds.FakeRounds(names, NUM_EPOCHS), config.output_dir, config)

@@ -107,7 +107,7 @@ class Console:
         else:
             for line in self._rounds.lines(record):
                 self._write(line)
-            self._refresh()
+            self._refresh(force=True)
 
     def say(self, level: Level, text: str) -> None:
         """Show a sentence, if its level is high enough."""
@@ -153,9 +153,9 @@ class Console:
             line = wording.step_line(record, seconds_left=progress.seconds_left())
             self._write(Text("  " + self._named(record.participant, line)))
 
-    def _refresh(self) -> None:
+    def _refresh(self, *, force: bool = False) -> None:
         if self._bars is not None and self._many:
-            self._bars.refresh()
+            self._bars.refresh(force=force)
 
     def _handle_comparison(self, record: ComparisonRecord) -> None:
         self._stop_bars()

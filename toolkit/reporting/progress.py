@@ -187,7 +187,8 @@ def _cells(progress: Progress, *, many: bool, is_training: bool) -> dict[str, st
         )
         label = f"{name} {label.removeprefix('Epoch ')}"
     # One after the other: only one of them trains at a time.
-    mark = "▶ " if many and is_training and not progress.status else "  "
+    is_over = bool(progress.status) or record.step == record.num_steps
+    mark = "▶ " if many and is_training and not is_over else "  "
     return {
         "label": f"{mark}{label}",
         "percent": f"{100 * record.step // record.num_steps}%",

@@ -60,7 +60,7 @@ class RoundView:
             if count:
                 parts.append(f"{count} {word}{'s' if count > 1 else ''}")
         seconds = seconds_left_of_all(list(self._progress.values()), self._clock() - self._began)
-        if seconds is not None:
+        if seconds:
             parts.append(f"about {wording.duration(seconds)} left")
         return f"all  {', '.join(parts)}"
 
