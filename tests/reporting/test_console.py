@@ -98,7 +98,7 @@ def test_text_that_the_terminal_cannot_encode_is_replaced(fake_run):
     assert b"\x1b" not in raw.getvalue()
 
 
-def test_a_closed_pipe_does_not_end_the_run(fake_run, caplog):
+def test_a_closed_pipe_does_not_end_the_run(fake_run, caplog, capsys):
     read_end, write_end = os.pipe()
     os.close(read_end)
     stream = open(write_end, "w", buffering=1, encoding="utf-8")  # noqa: SIM115 - closing it fails, below
@@ -109,6 +109,7 @@ def test_a_closed_pipe_does_not_end_the_run(fake_run, caplog):
     assert [r.message for r in caplog.records if "left out" in r.message] == [
         "Console stopped working and is left out from here on: BrokenPipeError: [Errno 32] Broken pipe"
     ]
+    assert "Traceback" not in capsys.readouterr().err
     with pytest.raises(OSError, match="Broken pipe"):
         stream.close()
 

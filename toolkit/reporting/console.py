@@ -240,6 +240,8 @@ class _LibraryMessages(logging.Handler):
             text = record.getMessage().strip()
             # A warning of Python has the line of code that warned below it; that is in training.log.
             self._console.say(level, text.partition("\n")[0] if record.name == "py.warnings" else text)
+        except OSError:
+            pass  # the terminal is gone, e.g. a pipe that was closed; training.log says so
         except Exception:
             self.handleError(record)
 
