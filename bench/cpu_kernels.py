@@ -7,6 +7,9 @@ Each subject moves the bytes that its formula needs at least: every input read o
 compared with the faster of torch's copy_ and numpy's copyto in the same run. The order is forwards, then backwards;
 reported are medians. Peers: the weighted sum in eager bf16, in eager fp32, and by torch.compile's C++ (--compile; needs
 g++); the Fisher mean by torch.stack in fp32.
+
+Threads of OpenMP wait asleep: else those of torch would keep a core busy for milliseconds after each of its subjects,
+in the time of the next one.
 """
 
 import argparse
@@ -19,6 +22,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
 
 import numpy as np
 import torch
@@ -264,6 +269,7 @@ def main() -> None:
         "command": "python bench/cpu_kernels.py",
         "num_elements": arguments.num_elements,
         "threads": arguments.threads,
+        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
     }
     result = {**settings, "repeats": arguments.repeats, **machine(), "subjects": rows}
     if arguments.out:

@@ -146,32 +146,45 @@ def _fisher_adder(element, certainty_element):
         f = certainty_element(fisher, i)
         return weight * (floor if f < floor else f)
 
+    @inlined
+    def put(is_last, x, y, numerator, denominator, i):
+        """Divide where the sums are complete: beside the loads of the same loop, that takes little time of its own."""
+        store_float64(numerator, i, x / y if is_last else x)
+        store_float64(denominator, i, y)
+        return np.int64(is_last and y == 0.0)
+
     @shared
-    def add(many, a, b, c, d, e, f, g, h, weights, floors, numerator, denominator, n):
-        """Add w f theta and w f of the first ``many`` of the models a to d with the Fisher information e to h."""
+    def add(is_last, many, a, b, c, d, e, f, g, h, weights, floors, numerator, denominator, n):
+        """Add w f theta and w f of the first ``many`` of the models a to d with the Fisher information e to h.
+
+        The last group of models leaves the quotient in the numerator. Returns how many denominators are then zero.
+        """
         w0, w1 = load_float64(weights, 0), load_float64(weights, 1)
         w2, w3 = load_float64(weights, 2), load_float64(weights, 3)
         f0, f1 = load_float64(floors, 0), load_float64(floors, 1)
         f2, f3 = load_float64(floors, 2), load_float64(floors, 3)
+        num_zero = np.int64(0)
         if many == 4:
             for i in range(n):
                 p, q = certainty(e, i, w0, f0), certainty(f, i, w1, f1)
                 r, s = certainty(g, i, w2, f2), certainty(h, i, w3, f3)
                 x = load_float64(numerator, i) + p * element(a, i) + q * element(b, i)
-                store_float64(numerator, i, x + r * element(c, i) + s * element(d, i))
-                store_float64(denominator, i, load_float64(denominator, i) + p + q + r + s)
+                x = x + r * element(c, i) + s * element(d, i)
+                y = load_float64(denominator, i) + p + q + r + s
+                num_zero += put(is_last, x, y, numerator, denominator, i)
         elif many == 2:
             for i in range(n):
                 p, q = certainty(e, i, w0, f0), certainty(f, i, w1, f1)
-                store_float64(
-                    numerator, i, load_float64(numerator, i) + p * element(a, i) + q * element(b, i)
-                )
-                store_float64(denominator, i, load_float64(denominator, i) + p + q)
+                x = load_float64(numerator, i) + p * element(a, i) + q * element(b, i)
+                y = load_float64(denominator, i) + p + q
+                num_zero += put(is_last, x, y, numerator, denominator, i)
         else:
             for i in range(n):
                 p = certainty(e, i, w0, f0)
-                store_float64(numerator, i, load_float64(numerator, i) + p * element(a, i))
-                store_float64(denominator, i, load_float64(denominator, i) + p)
+                x = load_float64(numerator, i) + p * element(a, i)
+                y = load_float64(denominator, i) + p
+                num_zero += put(is_last, x, y, numerator, denominator, i)
+        return num_zero
 
     return add
 
@@ -184,6 +197,7 @@ def _group_adder(as_lane, add_lanes, add_bfloat16):
 
     @shared
     def add_group(spans, fishers, num_models, k, many, parameters, start, n, numerator, denominator, buffers):
+        is_last = k + many == num_models
         weights, floors = parameters + 8 * k, parameters + 8 * (num_models + k)
         k1, k2, k3 = k + (many > 1), k + 2 * (many > 2), k + 3 * (many > 2)
         e = lane(fishers, num_models, k, start, n, buffers, 0)
@@ -193,13 +207,14 @@ def _group_adder(as_lane, add_lanes, add_bfloat16):
         if _all_bfloat16(spans + 8 * (num_models + k), many):
             a, b = _place(spans, num_models, k, start), _place(spans, num_models, k1, start)
             c, d = _place(spans, num_models, k2, start), _place(spans, num_models, k3, start)
-            add_bfloat16(many, a, b, c, d, e, f, g, h, weights, floors, numerator, denominator, n)
-        else:
-            a = lane(spans, num_models, k, start, n, buffers, 4)
-            b = lane(spans, num_models, k1, start, n, buffers, 5) if many > 1 else a
-            c = lane(spans, num_models, k2, start, n, buffers, 6) if many > 2 else a
-            d = lane(spans, num_models, k3, start, n, buffers, 7) if many > 2 else a
-            add_lanes(many, a, b, c, d, e, f, g, h, weights, floors, numerator, denominator, n)
+            return add_bfloat16(
+                is_last, many, a, b, c, d, e, f, g, h, weights, floors, numerator, denominator, n
+            )
+        a = lane(spans, num_models, k, start, n, buffers, 4)
+        b = lane(spans, num_models, k1, start, n, buffers, 5) if many > 1 else a
+        c = lane(spans, num_models, k2, start, n, buffers, 6) if many > 2 else a
+        d = lane(spans, num_models, k3, start, n, buffers, 7) if many > 2 else a
+        return add_lanes(is_last, many, a, b, c, d, e, f, g, h, weights, floors, numerator, denominator, n)
 
     return add_group
 
@@ -207,30 +222,26 @@ def _group_adder(as_lane, add_lanes, add_bfloat16):
 def _fisher_mean(add_group, add_models):
     def fisher_mean(spans, fishers, num_models, parameters, out, out_code, size):
         """``parameters``: [3, K] float64 weights, floors, fallback, and three more unused but readable numbers."""
-        numerator, denominator, mean = scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP)
+        mean, denominator, fallback = scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP), scratch(FLOAT64_STRIP)
         buffers = scratch(FISHER_BUFFERS)
         num_bad = 0
         for start in range(0, size, STRIP):
             n = min(STRIP, size - start)
             for i in range(n):
-                store_float64(numerator, i, -0.0)  # -0.0 + x is x, for every x
+                store_float64(mean, i, -0.0)  # -0.0 + x is x, for every x
                 store_float64(denominator, i, -0.0)
-            k = 0
+            k = num_zero = 0
             while k < num_models:
                 many = _group_size(num_models - k)
-                add_group(
-                    spans, fishers, num_models, k, many, parameters, start, n, numerator, denominator, buffers
+                num_zero = add_group(
+                    spans, fishers, num_models, k, many, parameters, start, n, mean, denominator, buffers
                 )
                 k += many
-            num_zero = 0
-            for i in range(n):
-                num_zero += load_float64(denominator, i) == 0.0
-                store_float64(mean, i, load_float64(numerator, i) / load_float64(denominator, i))
             if num_zero > 0:
-                add_models(spans, num_models, parameters + 16 * num_models, start, n, numerator, buffers)
+                add_models(spans, num_models, parameters + 16 * num_models, start, n, fallback, buffers)
                 for i in range(n):
                     if load_float64(denominator, i) == 0.0:
-                        store_float64(mean, i, load_float64(numerator, i))
+                        store_float64(mean, i, load_float64(fallback, i))
             num_bad += write_strip(out_code, pointer(out, start * item_size(out_code)), n, mean)
         return num_bad
 
