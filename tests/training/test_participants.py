@@ -214,6 +214,27 @@ def test_who_fails_does_not_touch_the_others(kinds, together, kind):
         assert_as_if_alone(part, alone, name)
 
 
+def test_others_come_and_go(kinds, together, build, make_config, make_rows):
+    """One trainer is discarded with its adapter and another one is added while the first is in its epoch."""
+    kind = kinds["lm-lora"]
+    parts = together(kind, ["en-US", "fr-FR"])
+    part, gone = parts["en-US"], parts["fr-FR"]
+    part.trainer.fit(2)
+    gone.trainer.fit(3)
+    gone.trainer.close()
+    part.trainer.model.delete_adapter("fr-FR")
+    part.trainer.fit(5)
+    torch.manual_seed(3)
+    model = add_adapter(part.trainer.model, make_config(**kind.options), name="sw-KE")
+    new = build("sw-KE", model, adapter="sw-KE", rows=make_rows(13), **kind.options)
+    new.trainer.start()
+    new.trainer.fit(3)
+    part.trainer.fit(part.trainer.num_steps)
+    alone = together(kind, ["en-US"])["en-US"]
+    alone.trainer.fit(alone.trainer.num_steps)
+    assert_as_if_alone(part, alone, "en-US")
+
+
 @pytest.mark.parametrize("name", ["to", "weight", "layers", "a.b", "lora_x", ""])
 def test_names_that_no_adapter_can_have(make_model, make_config, name):
     model = add_adapter(make_model(), make_config(), name="default")
