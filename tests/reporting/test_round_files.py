@@ -322,6 +322,32 @@ def test_a_history_is_read_back_as_the_records_it_was_made_of(tmp_path, fake_rou
     assert history.comparison == writer.history.comparison
 
 
+def test_a_run_that_is_resumed_after_its_last_round_has_all_of_it(
+    tmp_path, fake_rounds, make_config, read_strict, names
+):
+    """Only the comparison was left: the run does not start any more, and no round comes."""
+    config = make_config()
+    run = fake_rounds.FakeRounds(names, NUM_EPOCHS)
+    play(run, tmp_path / "whole", config)
+    run_dir = tmp_path / "resumed"
+    play(run, run_dir, config, stop=lambda record: isinstance(record, ComparisonRecord))
+    listener, monitor = build_listeners(
+        run_dir, config, is_main_process=True, resumed_history=dict.fromkeys(names, 120)
+    )
+    with listener:
+        listener.handle(run.comparison())
+        listener.handle(run.end(Path("run")))
+    for name in JSON_NAMES:
+        whole, resumed = (
+            without_times(read_strict(folder / name)) for folder in (tmp_path / "whole", run_dir)
+        )
+        assert resumed == whole, name
+    page = (run_dir / "report.html").read_text(encoding="utf-8")
+    for expected in ("linear, each locale its own mixture", "Did merging help?", "Participants side by side"):
+        assert expected in page
+    assert len(monitor.alerts) == 2
+
+
 def test_what_lies_beyond_the_restored_steps_is_dropped(tmp_path, fake_rounds, names):
     run = fake_rounds.FakeRounds(names, NUM_EPOCHS)
     writer = HistoryWriter(tmp_path)
