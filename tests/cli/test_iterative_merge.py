@@ -207,3 +207,11 @@ def test_what_is_not_there_is_said_before_anything_starts(flags, message, capsys
         assert main(argv) == 2
         assert message in capsys.readouterr().err
     assert list(Path.cwd().iterdir()) == []
+
+
+def test_names_that_are_registered_are_checked_with_the_options(meldkit):
+    wrong = ["--merge-algorithm", "teis", "--gate-tolerance", "1"]
+    result = meldkit("train", "iterative-merge", "--locales", "en-US,fr-FR", *wrong, "--print-config")
+    assert result.returncode == 2
+    assert "2 problems in the configuration" in result.stderr
+    assert "did you mean 'ties'?" in result.stderr

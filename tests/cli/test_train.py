@@ -152,6 +152,21 @@ def test_save_config(recipe_run, capsys):
     assert json.loads(Path("o/experiment_config.json").read_text()) == saved
 
 
+def test_samples_are_made_before_a_run_begins_and_said(recipe_run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MELDKIT_CACHE", str(tmp_path / "cache"))
+    found = []
+
+    def look(config, plan):
+        found.extend(sorted(str(p.relative_to(tmp_path)) for p in tmp_path.glob("cache/*/*")))
+        return 0
+
+    recipe_run(look)
+    samples = ["--model", "sample:tiny-xlm-r", "--data", "sample:intents:sq-AL"]
+    assert run_recipe("centralized-hf", [*COMPLETE[4:], *samples]) == 0
+    assert found == ["cache/data/intents-sq-AL", "cache/models/tiny-xlm-r"]
+    assert "Writing tiny-xlm-r ..." in capsys.readouterr().err
+
+
 def test_an_unexpected_error_is_one_line_and_a_file(recipe_run, capsys):
     def fail(config, plan):
         raise RuntimeError("it broke\nbadly")
