@@ -1,6 +1,8 @@
 """``merged_models/``: every merge as a model that transformers or PEFT load; the newest ones are kept."""
 
+import contextlib
 import copy
+import itertools
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -24,18 +26,17 @@ MAX_NAMES = 6
 
 
 class MergedModels:
-    """The merged models of a run.
+    """The merged models of a run; where participants are spread over ranks, each rank may add some.
 
     Args:
         run_dir: the run directory.
         journal: of the run.
         keep: how many rounds of merges are kept; of a round all models, also where each participant has its own.
-        is_main_process: whether this process writes and deletes; all processes keep the same journal.
     """
 
-    def __init__(self, run_dir: Path, journal: Journal, *, keep: int, is_main_process: bool = True) -> None:
+    def __init__(self, run_dir: Path, journal: Journal, *, keep: int) -> None:
         self.folder = run_dir / FOLDER_NAME
-        self._journal, self._keep, self._writes = journal, keep, is_main_process
+        self._journal, self._keep = journal, keep
 
     def add(
         self,
@@ -66,11 +67,9 @@ class MergedModels:
             MergeError: the disk is full or fails; what was there before is untouched.
         """
         final = self._free_name(participants)
-        num_bytes = 0
-        if self._writes:
-            num_bytes = write_merged_model(
-                final, state, model=model, adapter_config=adapter_config, tokenizer=tokenizer, record=record
-            )
+        num_bytes = write_merged_model(
+            final, state, model=model, adapter_config=adapter_config, tokenizer=tokenizer, record=record
+        )
         self._journal.append("merged_model", round=round_number, path=final.name, num_bytes=num_bytes)
         self._delete_old()
         return final
@@ -81,9 +80,7 @@ class MergedModels:
         return [path for path in paths if path.is_dir()]  # a journal that was rewound may know deleted ones
 
     def recover(self) -> None:
-        """Remove what a killed process left behind, and models that the journal does not know."""
-        if not self._writes:
-            return
+        """Remove what a killed process left behind, and models that the journal does not know. On one process."""
         clear_leftovers(self.folder)
         if not self.folder.is_dir():
             return
@@ -102,17 +99,14 @@ class MergedModels:
             if record["round"] in rounds[: -self._keep]:
                 # The journal first: a folder that it no longer knows is removed by recover(), never handed out.
                 self._journal.append("merged_model_deleted", round=record["round"], path=record["path"])
-                folder = self.folder / record["path"]
-                if self._writes and folder.exists():
-                    discard_folder(folder)
+                with contextlib.suppress(FileNotFoundError):  # another rank was first
+                    discard_folder(self.folder / record["path"])
 
     def _free_name(self, participants: Sequence[str]) -> Path:
         taken = {record["path"] for record in self._journal.records("merged_model")}
         name = folder_name(participants, datetime.now(UTC))
-        number = 1
-        while (free := name if number == 1 else f"{name}-{number}") in taken:
-            number += 1
-        return self.folder / free
+        names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+        return next(self.folder / n for n in names if n not in taken and not (self.folder / n).exists())
 
 
 def folder_name(participants: Sequence[str], time: datetime) -> str:
