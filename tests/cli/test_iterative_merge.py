@@ -89,7 +89,7 @@ def here(tmp_path, monkeypatch):
     (packages / "wandb").mkdir(parents=True)
     (packages / "wandb" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(str(packages))
-    monkeypatch.setenv("PYTHONPATH", str(packages))
+    monkeypatch.setenv("PYTHONPATH", str(packages), prepend=os.pathsep)
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
