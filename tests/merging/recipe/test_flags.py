@@ -13,10 +13,11 @@ from safetensors import safe_open
 
 from toolkit.config.load import load_for_command
 from toolkit.config.merge_command import NEEDLESS, MergeConfig, MergekitOptions, arguments, num_bytes
-from toolkit.merging.commands import flag_notes
+from toolkit.merging.commands import DIGESTS_NAME, flag_notes
 from toolkit.merging.merge_progress import MergeProgress
 from toolkit.merging.plan import MergePlan, OutputTensor
 from toolkit.merging.recipes.plan_text import copy_bandwidth
+from toolkit.merging.streaming import digest_memory
 
 
 def parsed(*words: str) -> MergeConfig:
@@ -224,6 +225,23 @@ def test_report_is_written_elsewhere_too(run_merge, pair, tmp_path):
     report = json.loads((tmp_path / "r.json").read_text())
     assert report == json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert report["method"] == "linear"
+
+
+def test_digests_are_remembered_in_the_cache_unless_told_otherwise(run_merge, pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("MELDKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(digest_memory, "SETTLED_NS", 0)  # the models have just been written
+
+    def digests(*words: str) -> set[str]:
+        assert run_merge(*pair, "--out", tmp_path / "out", "--overwrite", *words)[0] == 0
+        report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+        return {file["sha256_was"] for model in report["inputs"] for file in model["files"]}
+
+    assert digests("--no-remember-hashes") == {"computed"}
+    assert not (tmp_path / "cache" / DIGESTS_NAME).exists()
+    assert digests() == {"computed"}
+    assert digests() == {"remembered"}
+    assert digests("--no-remember-hashes") == {"computed"}
+    assert digests("--verify") == {"computed"}
 
 
 def test_quiet_says_nothing(run_merge, pair, tmp_path):
