@@ -186,7 +186,7 @@ def test_the_hub_data_of_the_document_works_by_name(capsys):
     [
         (
             "--data ./rows/{locale}.jsonl",
-            "data: there is no ./rows/en-US.jsonl\n  data: there is no ./rows/fr-FR.jsonl",
+            "data: there is no ./rows/en-US.jsonl\n  data: there is no ./rows/fr-FR.jsonl\n  hint: without --data",
         ),
         (
             "--model sample:tiny-xlmr",

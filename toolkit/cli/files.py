@@ -58,7 +58,9 @@ def check_files(config: BaseModel, recipe: str) -> None:
     if names[0] in DATA_OPTIONS:
         config_flag = f"--config {recipe} " if shipped_file(recipe) else ""
         hint = (
-            "meldkit data samples conversations --out sample_data makes data to try; then "
+            "without --data and --eval-data the sample intents are taken (meldkit data samples)"
+            if isinstance(config, IterativeConfig)
+            else "meldkit data samples conversations --out sample_data makes data to try; then "
             f"meldkit train {recipe} {config_flag}--data sample_data --eval-data none"
         )
         raise DataError("\n  ".join(lines), hint=hint)

@@ -55,7 +55,7 @@ def only_locale(table: Table, locale: str) -> Table:
     """The rows of one locale; en-US and en_us are the same."""
     if "locale" not in table.columns:
         raise DataError(
-            f"{table.source} has no column named locale, and --locale asks for {locale}",
+            f"{table.source} has no column named locale, and only rows of {locale} are asked for",
             hint=f"columns: {', '.join(table.columns)}",
         )
 
