@@ -102,7 +102,8 @@ class CheckpointError(RunError):
 
 
 class MergeError(RunError):
-    pass
+    num_attempts: int = 1
+    """How often the merge was tried."""
 
 
 class WorldSizeError(RunError):

@@ -6,6 +6,7 @@ Every rank calls it with its own participants. All of them compute the same weig
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,19 @@ class MergeStep:
         sources = self._in_order([p.name for p in mine])
         receivers = self._in_order([p.name for p in mine if p.is_active or _stopped_in(p, epoch)])
         steps = self._union({p.name: p.trainer.step for p in mine})
+        if not receivers:
+            self._record(epoch, decision, sources, steps, {}, None, left_out="nobody is left who trains")
+            return {}
         states = {p.name: p.trainer.state() for p in mine}
         handed: list[_Handed] = []
         try:
             weights = self._all_weights(sources, receivers)
             for participant, targets, outcome in self._outcomes(epoch, mine, receivers, weights, states):
-                handed.append(self._offer(epoch, participant, targets, outcome, states[participant.name]))
+                is_written = self.config.merge_scope == "each" or participant.name == receivers[0]
+                with self._failing_on_all_ranks():
+                    path = self._writer(participant.trainer, outcome, targets, epoch) if is_written else None
+                    handed.append(self._offer(participant, targets, outcome, states[participant.name], path))
+            self._agree()
             error = None
         except MergeError as caught:
             error = caught
@@ -120,6 +128,23 @@ class MergeStep:
         self._settle(epoch, mine, handed)
         self._record(epoch, decision, sources, steps, accounts, None)
         return {name: entry["verdict"] != "rejected" for name, entry in accounts.items()}
+
+    @contextmanager
+    def _failing_on_all_ranks(self) -> Iterator[None]:
+        """What fails on this rank is told at the others' next :meth:`_agree`, which raise it too."""
+        try:
+            yield
+        except MergeError as error:
+            self._agree(error)
+
+    def _agree(self, error: MergeError | None = None) -> None:
+        """On all ranks. Raises the MergeError of this one, or else of another."""
+        said = self.team.gather(None if error is None else error.message)
+        if error is not None:
+            raise error
+        for rank, message in enumerate(said):
+            if message is not None:
+                raise MergeError(f"{message} (on rank {rank})")
 
     # Weights
 
@@ -190,15 +215,18 @@ class MergeStep:
         by_name = {p.name: p for p in mine if p.name in receivers}
 
         def contributions(targets: tuple[str, ...], shares: Weights) -> list[Contribution]:
-            return [
-                Contribution(
-                    participant=p.name,
-                    state=states[p.name],
-                    weight=shares[p.name],
-                    fisher=fishers.of(p, targets) if shares[p.name] or len(weights) > 1 else None,
-                )
-                for p in mine
-            ]
+            with self._failing_on_all_ranks():
+                made = [
+                    Contribution(
+                        participant=p.name,
+                        state=states[p.name],
+                        weight=shares[p.name],
+                        fisher=fishers.of(p, targets) if shares[p.name] or len(weights) > 1 else None,
+                    )
+                    for p in mine
+                ]
+            self._agree()
+            return made
 
         if self.config.merge_scope == "target":
             ((targets, shares),) = weights.items()
@@ -223,18 +251,15 @@ class MergeStep:
 
     def _offer(
         self,
-        epoch: int,
         participant: Participant,
         targets: tuple[str, ...],
         outcome: MergeOutcome,
         own: Mapping[str, Any],
+        path: Path | None,
     ) -> _Handed:
         """Give a participant the merged state, measure it, and take it back where the gate rejects it."""
         trainer, before = participant.trainer, participant.standing.metrics
         trainer.load_state(outcome.state)
-        path = None
-        if self.config.merge_scope == "each" or (participant is self.participants[0] and self.team.is_main):
-            path = self._writer(trainer, outcome, targets, epoch)
         after: dict[str, float] = {}
         if participant.has_rows_to_evaluate and self.config.eval_every != "never":
             after = trainer.evaluate()
@@ -299,19 +324,22 @@ class MergeStep:
         steps: Mapping[str, int],
         accounts: Mapping[str, Mapping[str, Any]],
         error: MergeError | None,
+        left_out: str | None = None,
     ) -> None:
         if not self.team.is_main:
             return
         mixtures = {entry["targets"]: entry for entry in accounts.values()}
         paths = {entry["targets"]: entry["path"] for entry in accounts.values() if entry["path"]}
-        attempts = [entry["attempts"] for entry in accounts.values()] or [self.config.max_merge_attempts]
+        attempts = [entry["attempts"] for entry in accounts.values()]
+        if error is not None:
+            attempts.append(error.num_attempts)
         record = MergeRecord(
             round=epoch,
             epoch=epoch,
             steps=steps,
             participants=list(sources),
             method=self.config.merge_algorithm,
-            status="failed" if error is not None else "merged",
+            status="failed" if error is not None else "skipped" if left_out else "merged",
             weights={targets: entry["weights"] for targets, entry in mixtures.items()},
             reason=decision.reason,
             trigger=decision.trigger,
@@ -321,9 +349,9 @@ class MergeStep:
             before={name: entry["before"] for name, entry in accounts.items()},
             after={name: entry["after"] for name, entry in accounts.items()},
             seconds=sum(entry["seconds"] for entry in mixtures.values()),
-            attempts=max(attempts),
+            attempts=max(attempts, default=0),
             path=next(iter(paths.values()), None),
-            error=None if error is None else error.message,
+            error=left_out if error is None else error.message,
             notes=list(dict.fromkeys(note for entry in mixtures.values() for note in entry["notes"])),
         )
         self.run.journal.append("merge", **_facts(record, mixtures, paths))

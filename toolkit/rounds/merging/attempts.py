@@ -49,8 +49,10 @@ class Deadline:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether another attempt may succeed: memory that was short, a disk or network that failed. What the states or
-    the options hold stays as it is, so MeldkitErrors are final."""
+    """Whether another attempt may succeed: memory that was short, a disk or network that failed, also where a merge
+    method met it. What the states or the options hold stays as it is, so other MeldkitErrors are final."""
+    if isinstance(error, MergeError) and error.__cause__ is not None:
+        error = error.__cause__
     if isinstance(error, OSError | MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in OUT_OF_MEMORY)
@@ -89,20 +91,26 @@ def attempt(
             raise (
                 RunError(f"{passed.message}; the ranks are out of step", hint=passed.hint)
                 if is_spread
-                else passed
+                else _tried(passed, number)
             )
         if run.error is None:
             return run.result, number
-        if isinstance(run.error, MeldkitError):
-            raise run.error
-        if not is_transient(run.error) or number == max_attempts:
+        can_go_on = is_transient(run.error)
+        if isinstance(run.error, MeldkitError) and not can_go_on:
+            raise _tried(run.error, number)
+        if not can_go_on or number == max_attempts:
             tried = "1 attempt" if number == 1 else f"{number} attempts"
-            raise MergeError(
-                f"{what}: failed after {tried}: {type(run.error).__name__}: {run.error}"
-            ) from run.error
+            text = f"{what}: failed after {tried}: {type(run.error).__name__}: {run.error}"
+            raise _tried(MergeError(text), number) from run.error
         _free_memory()
         time.sleep(min(FIRST_PAUSE_SECONDS * 2 ** (number - 1), deadline.remaining()))
     raise ValueError(f"max_attempts is {max_attempts}; at least 1 is needed")
+
+
+def _tried(error: MeldkitError, num_attempts: int) -> MeldkitError:
+    if isinstance(error, MergeError):
+        error.num_attempts = num_attempts
+    return error
 
 
 class _Run(Generic[ResultT]):

@@ -336,10 +336,11 @@ def _pairs(found: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float
 
 
 def _described(error: Exception) -> dict[str, Any]:
-    if isinstance(error, MeldkitError):
+    is_final = not is_transient(error)
+    if is_final and isinstance(error, MeldkitError):
         return {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
     return {
-        "kind": "transient" if is_transient(error) else "",
+        "kind": "" if is_final else "transient",
         "message": f"{type(error).__name__}: {error}",
         "hint": None,
     }
