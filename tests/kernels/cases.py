@@ -142,6 +142,10 @@ RULES: dict[str, Callable[..., Rule]] = {
     "breadcrumbs": _consensus(False, False, among=Threshold(HALF, 5), outside=Threshold(0x3FC00000, 900)),
     "dare": _consensus(False, False, probability=0.4, rescale=2.5),
     "dare_ties": _consensus(True, True, probability=0.7, rescale=1 / 0.7),
+    "ties_at_random": _consensus(
+        True, True, among=Threshold(HALF, 5), outside=Threshold(0x3FC00000, 900), probability=0.6, rescale=1.5
+    ),
+    "zeros_up_to": _consensus(False, False, 2.0, among=Threshold(0, 100)),
     "keep_everything": _consensus(True, False, among=Threshold(0, 1 << 40), probability=1.0),
     "keep_nothing": _consensus(False, True, among=Threshold(0xFFFFFFFF, -1)),
     "drop_everything": _consensus(False, False, probability=0.0, rescale=3.0),

@@ -28,6 +28,8 @@ RULE_NAMES = [
     "breadcrumbs",
     "dare",
     "dare_ties",
+    "ties_at_random",
+    "zeros_up_to",
     "keep_everything",
     "keep_nothing",
     "drop_everything",

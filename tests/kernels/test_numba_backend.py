@@ -276,3 +276,11 @@ def test_threads_do_not_disturb_one_another() -> None:
 
     with ThreadPoolExecutor(8) as threads:
         assert len(set(threads.map(merged, range(64)))) == 1
+
+
+def test_deltas_below_float32_are_left_out_by_their_index() -> None:
+    """Their magnitudes equal zero, and so does the threshold."""
+    theta, base, out = (Span.of(np.full(8, value)) for value in (1e-60, 0.0, 7.0))
+    rule = Consensus(np.ones(1), (Keep(among=Threshold(0, 2)),), elect=False, normalize=False, scale=1.0)
+    numba_backend.make().apply([Piece(Inputs((theta,), base), rule, out)])
+    assert out.data.tolist() == [1e-60] * 3 + [0.0] * 5

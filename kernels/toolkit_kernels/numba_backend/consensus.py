@@ -29,7 +29,6 @@ from toolkit_kernels.numba_backend.bits import (
     scratch,
     shared,
     store_float64,
-    store_uint32,
     write_strip,
 )
 from toolkit_kernels.numba_backend.philox import random_words
@@ -39,6 +38,7 @@ IS_MASKED, AMONG_BITS, AMONG_LAST, OUTSIDE_BITS, OUTSIDE_LAST, IS_RANDOM, RANDOM
     range(10)
 )
 NUM_COLUMNS = 10
+EVERY_INDEX = 1 << 62  # the last index of a set that leaves nothing out
 
 
 @inlined
@@ -59,28 +59,38 @@ def _next_cut(last, start, begin, end):
     return cut if begin < cut and cut < end else end
 
 
+@inlined
+def _is_bounded(row):
+    """Whether magnitudes decide: a set of largest leaves something out, or some are to be left out."""
+    leaves_out = load_int64(row, AMONG_BITS) != 0 or load_int64(row, AMONG_LAST) < EVERY_INDEX
+    return leaves_out or load_int64(row, OUTSIDE_BITS) != 0xFFFFFFFF
+
+
 @shared
-def _draw(row, start, n, random):
-    """A random word for each element of a strip that begins at ``start``, a multiple of 4; zero where none is asked."""
-    if load_int64(row, IS_RANDOM) != 0:
-        key0, key1 = load_int64(row, KEY0), load_int64(row, KEY1)
-        random_words(start // 4, load_int64(row, STREAM), 0, key0, key1, STRIP // 4, random)
-    else:
-        for i in range(n):
-            store_uint32(random, i, np.uint32(0))
+def _draw(row, start, random):
+    """A random word for each element of a strip that begins at ``start``, a multiple of 4."""
+    key0, key1 = load_int64(row, KEY0), load_int64(row, KEY1)
+    random_words(start // 4, load_int64(row, STREAM), 0, key0, key1, STRIP // 4, random)
 
 
 def _value_maker(element, base_element, difference):
+    @inlined
+    def value(theta, base, i, weight, rescale):
+        return weight * (rescale * (element(theta, i) - base_element(base, i)))
+
     @shared
-    def make_values(row, start, n, weight, rescale, theta, base, random, values):
-        """values = weight * (rescale * (theta - base)) where it stays, else zero."""
-        if load_int64(row, IS_MASKED) == 0:
-            for i in range(n):
-                delta = element(theta, i) - base_element(base, i)
-                store_float64(values, i, weight * (rescale * delta))
-            return
-        _draw(row, start, n, random)
-        random_max = np.uint32(load_int64(row, RANDOM_MAX))
+    def make_all(n, weight, rescale, theta, base, values):
+        for i in range(n):
+            store_float64(values, i, value(theta, base, i, weight, rescale))
+
+    @shared
+    def make_random(random_max, n, weight, rescale, theta, base, random, values):
+        for i in range(n):
+            number = value(theta, base, i, weight, rescale)
+            store_float64(values, i, number if load_uint32(random, i) <= random_max else 0.0)
+
+    @shared
+    def make_bounded(row, start, n, weight, rescale, theta, base, values):
         among_last, outside_last = load_int64(row, AMONG_LAST), load_int64(row, OUTSIDE_LAST)
         begin = 0
         while begin < n:
@@ -89,10 +99,28 @@ def _value_maker(element, base_element, difference):
             too_large = _smallest_in(load_int64(row, OUTSIDE_BITS), outside_last, start + begin)
             for i in range(begin, end):
                 bits = magnitude_bits(difference(theta, base, i))
-                stays = (bits >= smallest) & (bits < too_large) & (load_uint32(random, i) <= random_max)
-                delta = element(theta, i) - base_element(base, i)
-                store_float64(values, i, weight * (rescale * delta) if stays else 0.0)
+                stays = (bits >= smallest) & (bits < too_large)
+                store_float64(values, i, value(theta, base, i, weight, rescale) if stays else 0.0)
             begin = end
+
+    @shared
+    def make_values(row, start, n, weight, rescale, theta, base, random, values):
+        """values = weight * (rescale * (theta - base)) where it stays, else zero."""
+        is_random = load_int64(row, IS_RANDOM) != 0
+        is_bounded = load_int64(row, IS_MASKED) != 0 and _is_bounded(row)
+        if is_bounded:
+            make_bounded(row, start, n, weight, rescale, theta, base, values)
+        elif not is_random:
+            make_all(n, weight, rescale, theta, base, values)
+        if is_random:
+            _draw(row, start, random)
+            random_max = np.uint32(load_int64(row, RANDOM_MAX))
+            if is_bounded:
+                for i in range(n):
+                    number = load_float64(values, i)
+                    store_float64(values, i, number if load_uint32(random, i) <= random_max else 0.0)
+            else:
+                make_random(random_max, n, weight, rescale, theta, base, random, values)
 
     return make_values
 
@@ -127,11 +155,54 @@ def _add_values(values, num_models, n, total):
             x = load_float64(total, i) + load_float64(a, i) + load_float64(b, i)
             store_float64(total, i, x + load_float64(c, i) + load_float64(d, i))
         k += 4
+    if k + 3 == num_models:
+        a, b, c = _strip(values, k), _strip(values, k + 1), _strip(values, k + 2)
+        for i in range(n):
+            x = load_float64(total, i) + load_float64(a, i) + load_float64(b, i)
+            store_float64(total, i, x + load_float64(c, i))
+        k += 3
     while k < num_models:
         a = _strip(values, k)
         for i in range(n):
             store_float64(total, i, load_float64(total, i) + load_float64(a, i))
         k += 1
+
+
+@inlined
+def _has_sign(value, sign):
+    return value * sign > 0.0
+
+
+@inlined
+def _nonzero(divisor, negligible):
+    return 1.0 if abs(divisor) <= negligible else divisor
+
+
+@shared
+def _elect_four(values, weights, num_models, n, negligible, is_normalized, zeros, mean):
+    """Sums or averages of the v_k that have the sign of the sum of all; at most four models, none of which is stored
+    in between."""
+    a = _strip(values, 0)
+    b = _strip(values, 1) if num_models > 1 else zeros
+    c = _strip(values, 2) if num_models > 2 else zeros
+    d = _strip(values, 3) if num_models > 3 else zeros
+    w0, w1, w2, w3 = load_float64(weights, 0), 0.0, 0.0, 0.0
+    if num_models > 1:
+        w1 = load_float64(weights, 1)
+    if num_models > 2:
+        w2 = load_float64(weights, 2)
+    if num_models > 3:
+        w3 = load_float64(weights, 3)
+    for i in range(n):
+        x, y, z, t = load_float64(a, i), load_float64(b, i), load_float64(c, i), load_float64(d, i)
+        sign = 1.0 if x + y + z + t >= 0.0 else -1.0
+        total = (x if _has_sign(x, sign) else 0.0) + (y if _has_sign(y, sign) else 0.0)
+        total = total + (z if _has_sign(z, sign) else 0.0) + (t if _has_sign(t, sign) else 0.0)
+        if is_normalized != 0:
+            divisor = (w0 if _has_sign(x, sign) else 0.0) + (w1 if _has_sign(y, sign) else 0.0)
+            divisor = divisor + (w2 if _has_sign(z, sign) else 0.0) + (w3 if _has_sign(t, sign) else 0.0)
+            total = total / _nonzero(divisor, negligible)
+        store_float64(mean, i, total)
 
 
 @shared
@@ -140,39 +211,22 @@ def _add_elected(values, weights, num_models, n, sign, total, divisor):
     for i in range(n):
         store_float64(total, i, 0.0)
         store_float64(divisor, i, 0.0)
-    k = 0
-    while k + 2 <= num_models:
-        a, b = _strip(values, k), _strip(values, k + 1)
-        w0, w1 = load_float64(weights, k), load_float64(weights, k + 1)
-        for i in range(n):
-            x, y = load_float64(a, i), load_float64(b, i)
-            s = 1.0 if load_float64(sign, i) >= 0.0 else -1.0
-            has_x, has_y = x * s > 0.0, y * s > 0.0
-            number = load_float64(total, i) + (x if has_x else 0.0)
-            store_float64(total, i, number + (y if has_y else 0.0))
-            number = load_float64(divisor, i) + (w0 if has_x else 0.0)
-            store_float64(divisor, i, number + (w1 if has_y else 0.0))
-        k += 2
-    if k < num_models:
-        a, w0 = _strip(values, k), load_float64(weights, k)
+    for k in range(num_models):
+        a, w = _strip(values, k), load_float64(weights, k)
         for i in range(n):
             x = load_float64(a, i)
-            has_x = x * (1.0 if load_float64(sign, i) >= 0.0 else -1.0) > 0.0
+            has_x = _has_sign(x, 1.0 if load_float64(sign, i) >= 0.0 else -1.0)
             store_float64(total, i, load_float64(total, i) + (x if has_x else 0.0))
-            store_float64(divisor, i, load_float64(divisor, i) + (w0 if has_x else 0.0))
-
-
-@inlined
-def _nonzero(divisor, negligible, is_normalized):
-    return 1.0 if is_normalized == 0 or abs(divisor) <= negligible else divisor
+            store_float64(divisor, i, load_float64(divisor, i) + (w if has_x else 0.0))
 
 
 @shared
-def _average_elected(values, weights, num_models, n, negligible, is_normalized, mean, total, divisor):
-    """Replace ``mean``, the sums of all v_k, by the sums or averages of those that have its sign."""
+def _elect_many(values, weights, num_models, n, negligible, is_normalized, mean, total, divisor):
+    """The same of any number of models."""
+    _add_values(values, num_models, n, mean)
     _add_elected(values, weights, num_models, n, mean, total, divisor)
     for i in range(n):
-        number = _nonzero(load_float64(divisor, i), negligible, is_normalized)
+        number = _nonzero(load_float64(divisor, i), negligible) if is_normalized != 0 else 1.0
         store_float64(mean, i, load_float64(total, i) / number)
 
 
@@ -214,8 +268,10 @@ def _consensus(as_lane, element, make_strip):
         scale = load_float64(weights, 2 * num_models)
         negligible = load_float64(weights, 2 * num_models + 1)
         weight_sum = _sum_of_weights(weights, num_models)
-        constant = _nonzero(weight_sum, negligible, is_normalized and not is_elected)
+        constant = _nonzero(weight_sum, negligible) if is_normalized != 0 and is_elected == 0 else 1.0
         num_bad = 0
+        for i in range(STRIP):
+            store_float64(total, i, 0.0)
         for strip in range(0, size, STRIP):
             n = min(STRIP, size - strip)
             base = as_lane(base_code, pointer(base_address, strip * item_size(base_code)), n, base_buffer)
@@ -223,13 +279,17 @@ def _consensus(as_lane, element, make_strip):
                 make_strip(
                     spans, num_models, k, weights, masks, strip, start, n, base, theta_buffer, random, values
                 )
-            _add_values(values, num_models, n, mean)
-            if is_elected != 0:
-                _average_elected(
-                    values, weights, num_models, n, negligible, is_normalized, mean, total, divisor
-                )
+            if is_elected == 0:
+                _add_values(values, num_models, n, mean)
+            elif num_models <= 4:
+                _elect_four(values, weights, num_models, n, negligible, is_normalized, total, mean)
+            else:
+                _elect_many(values, weights, num_models, n, negligible, is_normalized, mean, total, divisor)
+            if constant != 1.0:
+                for i in range(n):
+                    store_float64(mean, i, load_float64(mean, i) / constant)
             for i in range(n):
-                store_float64(mean, i, element(base, i) + scale * (load_float64(mean, i) / constant))
+                store_float64(mean, i, element(base, i) + scale * load_float64(mean, i))
             num_bad += write_strip(out_code, pointer(out, strip * item_size(out_code)), n, mean)
         return num_bad
 

@@ -18,7 +18,6 @@ from toolkit_kernels.numba_backend.bits import (
     store_float64,
 )
 
-
 # --- sums of products
 
 
