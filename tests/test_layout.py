@@ -26,7 +26,7 @@ FOLDERS_OF_SCRIPTS = ("kernels", "recipes", "scripts", "tests", "bench")
 # Arrows point down only: a module imports from its own layer or one below, never one above. A new package,
 # or a new module directly under toolkit/, gets its place here.
 LAYERS = (
-    {"cli", "__main__"},
+    {"cli", "__main__", "iterative"},
     {"rounds", "federated"},
     {"training", "merging", "evaluation"},
     {"modeling", "data", "languages"},
@@ -63,6 +63,7 @@ TORCH_FREE = (
     "reporting.resources",
     "reporting.trackers",
     "rounds.comparison",
+    "rounds.option_rules",
     "rounds.schedule",
     "rounds.weighting",
     "evaluation.bootstrap",

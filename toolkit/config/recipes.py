@@ -48,6 +48,9 @@ class IterativeConfig(
         "locale": "has no place here: locales lists those that are trained, each with its own rows",
         "max_steps": "has no place here: merges come after whole epochs; max_epochs and max_rows shorten a run",
         "deepspeed": "has no place here: it shards one model, and processes train different locales",
+        "sample_prompts": "has no place here: the comparison says what every model does on the same rows",
+        "sample_system_prompt": "has no place here: there are no sample prompts",
+        "sample_tokens": "has no place here: there are no sample prompts",
     }
 
     model: str = "sample:multilingual-e5-small"
@@ -90,6 +93,11 @@ class IterativeConfig(
     def num_epochs(self) -> int:
         """``max_epochs``, which is whole here."""
         return int(self.max_epochs)
+
+    @property
+    def max_processes(self) -> int:
+        """More processes than locales would have nothing to train."""
+        return len(self.locales)
 
     def for_locale(self, locale: str) -> Self:
         """The options with which the rows of one locale are read and trained; it may be none of ``locales``, but a

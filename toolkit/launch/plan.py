@@ -191,8 +191,11 @@ def _num_processes(
             )
         count, num_local = started.num_processes, started.num_processes_per_machine
     else:
-        count = num_local = asked if asked is not None else max(1, len(gpus))
+        useful = min(len(gpus), getattr(options, "max_processes", len(gpus)))
+        count = num_local = asked if asked is not None else max(1, useful)
         why = "--num-processes" if asked is not None else "one for each GPU" if gpus else "one on a CPU"
+        if asked is None and useful < len(gpus):
+            why = "more would have nothing to train"
         notes.append(f"{_processes(count)}: {why}")
     if gpus and num_local > len(gpus):
         raise LaunchError(
