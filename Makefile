@@ -10,7 +10,7 @@ PYTEST = $(TEST_ENVIRONMENT) $(VENV_PYTHON) -m pytest
 SHELL_SCRIPTS = $(wildcard scripts/*.sh bench/*.sh) .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types pytest test-gpu test-slow test-faults bench wheel clean clean-env
+.PHONY: help setup demo demo-chat test lint format types pytest test-gpu test-slow test-faults bench wheel clean clean-env
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,8 +18,11 @@ help: ## list the targets
 setup: ## create .venv and install everything (PYTHON=, TORCH= and EXTRAS= choose)
 	@bash scripts/setup_env.sh
 
-demo: setup ## train a real 135 M model with LoRA on real conversations, on this machine
+demo: setup ## train a real encoder in three locales with LoRA, merged every epoch, and compare: on this machine
 	@bash scripts/demo.sh
+
+demo-chat: setup ## train a real 135 M language model with LoRA on real conversations, on this machine
+	@bash scripts/demo_chat.sh
 
 test: lint types pytest ## lint, types and the tests (all but slow and gpu)
 

@@ -1,20 +1,11 @@
 #!/usr/bin/env bash
-# Trains a real model on real conversations: what `make demo` runs. Options are handed to the training:
-# bash scripts/demo.sh --max-steps 100
+# Trains three locales of a real multilingual encoder and merges them while they train: what `make demo` runs. Options
+# are handed to the training: bash scripts/demo.sh --max-epochs 2
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-meldkit() {
-    .venv/bin/python -m toolkit "$@"
-}
-
-readonly MODEL=.cache/models/smollm2-135m-instruct
-readonly DATA=.cache/data/conversations
 readonly RUN=runs/demo
 
-# Both keep what is complete already.
-meldkit models smollm2-135m-instruct --out "$MODEL"
-meldkit data samples conversations --source intents --rows-per-intent 40 --out "$DATA"
 # A demonstration begins anew each time: an earlier one steps aside and is never overwritten.
 if [[ -d $RUN ]]; then mv "$RUN" "$RUN-before-$(date +%Y%m%d-%H%M%S)"; fi
-meldkit train centralized-hf --config recipes/configs/demo.yaml "$@"
+.venv/bin/python -m toolkit train iterative-merge --config recipes/configs/demo.yaml "$@"

@@ -103,8 +103,8 @@ def test_the_corpus_is_read_in_every_language(language):
     assert all(len(dialogue.turns) % 2 == 0 for dialogue in found)
 
 
-def test_the_demo_asks_under_the_system_prompt_of_the_data():
-    demo = yaml.safe_load((ROOT / "recipes" / "configs" / "demo.yaml").read_text(encoding="utf-8"))
+def test_the_chat_demo_asks_under_the_system_prompt_of_the_data():
+    demo = yaml.safe_load((ROOT / "recipes" / "configs" / "demo_chat.yaml").read_text(encoding="utf-8"))
     assert demo["sample_system_prompt"] == conversations.SYSTEM_PROMPT
 
 

@@ -1,0 +1,411 @@
+"""Does merging while training help? Four methods, two scopes, gate on and off, against no merge; six locales, 3 seeds.
+
+    python bench/studies/iterative_merging.py [--workspace runs/iterative_merging] [--out bench/results]
+
+Three locales have 240 training rows each, three have 60 (low-resource). Every cell (method, scope, gate, seed) is a run
+of the recipe in a directory of its own; one more run a seed never merges, and is what all cells of that seed are
+compared with: the same rows, steps and seed. Run the command again to go on: finished cells are skipped, one that was
+stopped goes on from its last commit.
+
+Written: ``iterative_merging.json`` (every arm, interval and verdict) and ``iterative_merging.md`` (tables). Accuracy is
+on test rows that neither training nor gate has seen; intervals are a paired bootstrap of rows and seeds.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from toolkit.durable import write_json, write_text
+from toolkit.errors import Interrupted, MeldkitError
+
+RICH, LOW = ("en-US", "de-DE", "fr-FR"), ("sq-AL", "sw-KE", "is-IS")
+LOCALES = (*RICH, *LOW)
+METHODS = ("linear", "fisher_dataset", "from_optimizer", "ties")
+SCOPES = ("target", "each")
+SEEDS = (1, 2, 3)
+ROWS_PER_INTENT = 60
+NUM_RICH, NUM_LOW = 240, 60
+OPTIONS: dict[str, Any] = {
+    "model": "sample:multilingual-e5-small",
+    "finetuning": "lora",
+    "max_rows": NUM_RICH,
+    "max_rows_by_locale": dict.fromkeys(LOW, NUM_LOW),
+    "max_epochs": 6,
+    "learning_rate": 3e-3,
+    "checkpoint_every": "never",
+    "report_to": [],
+    "log_level": "WARNING",
+    "cpu": True,
+}
+MERGES: dict[str, Any] = {"merge_frequency": 2, "weight_calculation": "similarity", "baselines": False}
+FISHER: dict[str, Any] = {"fisher_data_mode": "sources", "num_fisher_examples": 48, "fisher_batch_size": 16}
+NO_MERGE: dict[str, Any] = {"merge_frequency": OPTIONS["max_epochs"] + 1, "baselines": True}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: merging in one way with one seed; ``method`` None: never."""
+
+    seed: int
+    method: str | None = None
+    scope: str = "target"
+    gate: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.method is None:
+            return f"no-merge-seed{self.seed}"
+        return f"{self.method}-{self.scope}-{'gate' if self.gate else 'free'}-seed{self.seed}"
+
+    def options(self) -> dict[str, Any]:
+        if self.method is None:
+            return OPTIONS | NO_MERGE | {"seed": self.seed}
+        own = {"merge_algorithm": self.method, "merge_scope": self.scope, "merge_gate": self.gate}
+        fisher = FISHER if self.method == "fisher_dataset" else {}
+        return OPTIONS | MERGES | fisher | own | {"seed": self.seed}
+
+
+def all_cells() -> list[Cell]:
+    """Seed after seed, so that a study that was stopped has whole tables of fewer seeds."""
+    ways = list(product(METHODS, SCOPES, (False, True)))
+    return [cell for seed in SEEDS for cell in (Cell(seed), *(Cell(seed, *way) for way in ways))]
+
+
+# --- running
+
+
+def make_data(workspace: Path) -> Path:
+    from toolkit.data.samples.catalog import make
+
+    return make("intents", workspace / "data", locales=list(LOCALES), rows_per_intent=ROWS_PER_INTENT)
+
+
+def is_finished(folder: Path) -> bool:
+    from toolkit.iterative import TrainingStateManager
+
+    return (folder / "journal.jsonl").is_file() and TrainingStateManager(folder).is_finished
+
+
+def run_cell(cell: Cell, workspace: Path) -> None:
+    """Run or continue a cell; what it says goes into a file beside it."""
+    from toolkit.cli.train import run_config
+    from toolkit.iterative import create_default_config
+
+    folder = workspace / cell.name
+    if is_finished(folder):
+        return
+    config = create_default_config(
+        LOCALES,
+        data=f"{workspace / 'data'}/{{locale}}",
+        output_dir=folder,
+        **cell.options(),
+    ).model_copy(update={"resume": (folder / "journal.jsonl").is_file()})
+    began = time.monotonic()
+    with open(workspace / f"{cell.name}.txt", "a", encoding="utf-8") as log, output_into(log):
+        run_config("iterative-merge", config)
+    gc.collect()
+    gc.freeze()  # libraries by now: the end of every trainer would go through them again
+    print(f"{cell.name}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+@contextlib.contextmanager
+def output_into(stream: Any) -> Iterator[None]:
+    with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        yield
+
+
+def run_cells(cells: Sequence[Cell], workspace: Path) -> None:
+    for cell in cells:
+        try:
+            run_cell(cell, workspace)
+        except Interrupted:
+            raise
+        except MeldkitError as error:  # a result too: the table shows the gap
+            print(f"{cell.name}: {error.message}", flush=True)
+
+
+def run_in_processes(cells: Sequence[Cell], arguments: argparse.Namespace) -> None:
+    """Share the cells out. One thread each: two processes do more than one with two threads, at so small batches, and
+    the results do not depend on how many processes there are."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, "--workspace", str(arguments.workspace), "--cells"]
+    workers = [
+        subprocess.Popen(
+            [*command, ",".join(cell.name for cell in cells[number :: arguments.processes])], env=environment
+        )
+        for number in range(min(arguments.processes, len(cells)))
+    ]
+    statuses = [worker.wait() for worker in workers]
+    if any(statuses):
+        raise SystemExit("a process has ended early; the same command goes on")
+
+
+# --- comparing
+
+
+def outcomes_of(cells: Sequence[Cell], workspace: Path, arm: str, locale: str) -> list[Any] | None:
+    """Row outcomes of an arm of one locale, seed by seed; None where a run has not measured it."""
+    from toolkit.rounds.outcome_files import OutcomeFiles
+
+    found = [OutcomeFiles(workspace / cell.name / "comparison").read(arm, locale) for cell in cells]
+    return None if any(outcomes is None for outcomes in found) else found
+
+
+def best_sources(seeds: Sequence[int], workspace: Path, locale: str) -> tuple[list[Any], list[str]]:
+    """The best other locale's model without merges on the rows of ``locale``, seed by seed, and which one it is."""
+    from toolkit.rounds.comparison import best_source
+    from toolkit.rounds.outcome_files import OWN_TRAINING, OutcomeFiles
+
+    measured, names = [], []
+    for seed in seeds:
+        files = OutcomeFiles(workspace / Cell(seed).name / "comparison")
+        read = {
+            other: files.read(OWN_TRAINING, other, rows_of=locale) for other in LOCALES if other != locale
+        }
+        there = {other: outcomes for other, outcomes in read.items() if outcomes is not None}
+        name = best_source(there, "accuracy")
+        assert name is not None, f"{Cell(seed).name} has measured no other locale on {locale}"
+        measured.append(there[name])
+        names.append(name)
+    return measured, names
+
+
+def arms_of(cells: Sequence[Cell], workspace: Path) -> dict[str, dict[str, list[Any]]]:
+    """outcomes[locale][arm], as ``compare`` takes them, of one way to merge."""
+    seeds = [cell.seed for cell in cells]
+    alone = [Cell(seed) for seed in seeds]
+    found: dict[str, dict[str, list[Any]]] = {}
+    for locale in LOCALES:
+        arms = {
+            "base": outcomes_of(alone, workspace, "base", locale),
+            "own_training": outcomes_of(alone, workspace, "own_training", locale),
+            "last_merge": outcomes_of(cells, workspace, "last_merge", locale),
+            "best_source": best_sources(seeds, workspace, locale)[0],
+            "iterative": outcomes_of(cells, workspace, "iterative", locale),
+        }
+        found[locale] = {arm: outcomes for arm, outcomes in arms.items() if outcomes is not None}
+    return found
+
+
+def compare_way(cells: Sequence[Cell], workspace: Path, num_samples: int) -> dict[str, Any]:
+    """What one way to merge did: for every locale, and as means over all, the rich and the poor ones."""
+    from toolkit.rounds.comparison import compare
+
+    arms = arms_of(cells, workspace)
+    compared = partial(compare, metric="accuracy", num_samples=num_samples, seed=0)
+    whole = compared(arms)
+    return {
+        "seeds": [cell.seed for cell in cells],
+        "locales": whole["participants"],
+        "all": whole["overall"],
+        "rich": compared({locale: arms[locale] for locale in RICH})["overall"],
+        "low_resource": compared({locale: arms[locale] for locale in LOW})["overall"],
+        "num_verdicts": whole["num_verdicts"],
+        "gate": gate_counts(cells, workspace),
+    }
+
+
+def gate_counts(cells: Sequence[Cell], workspace: Path) -> dict[str, int]:
+    from toolkit.iterative import TrainingStateManager
+
+    verdicts = [
+        verdict
+        for cell in cells
+        for merge in TrainingStateManager(workspace / cell.name).merges()
+        for verdict in merge["gate"].values()
+    ]
+    return {name: verdicts.count(name) for name in ("accepted", "rejected")}
+
+
+def check_no_merge(seeds: Sequence[int], workspace: Path) -> None:
+    """The loop that never merges must have done what training alone does, bit for bit."""
+    import numpy as np
+
+    for seed in seeds:
+        for locale in LOCALES:
+            measured = [
+                outcomes_of([Cell(seed)], workspace, arm, locale) for arm in ("own_training", "iterative")
+            ]
+            alone, in_loop = (outcomes[0].loss for outcomes in measured if outcomes is not None)
+            assert np.array_equal(alone, in_loop), f"seed {seed}: {locale} differs"
+
+
+def evaluate(workspace: Path, num_samples: int) -> dict[str, Any]:
+    """Compare what is there: ways to merge of which every seed with a no-merge run is finished."""
+    seeds = [seed for seed in SEEDS if is_finished(workspace / Cell(seed).name)]
+    check_no_merge(seeds, workspace)
+    ways: dict[str, Any] = {}
+    for method, scope, gate in product(METHODS, SCOPES, (False, True)):
+        done = [Cell(seed, method, scope, gate) for seed in seeds]
+        done = [cell for cell in done if is_finished(workspace / cell.name)]
+        if done:
+            ways[f"{method}, {scope}{', gate' if gate else ''}"] = compare_way(done, workspace, num_samples)
+    sources = {locale: best_sources(seeds, workspace, locale)[1] for locale in LOCALES} if seeds else {}
+    return {"best_sources_by_seed": sources, "ways": ways}
+
+
+# --- writing
+
+
+def seconds_of(workspace: Path) -> dict[str, float]:
+    """Time from the first to the last line of each run's journal: over all sessions, if there were several."""
+    from datetime import datetime
+
+    spans = {}
+    for cell in all_cells():
+        path = workspace / cell.name / "journal.jsonl"
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            first, last = (datetime.fromisoformat(json.loads(line)["time"]) for line in (lines[0], lines[-1]))
+            spans[cell.name] = round((last - first).total_seconds(), 1)
+    return spans
+
+
+def result(workspace: Path, num_samples: int) -> dict[str, Any]:
+    import torch
+
+    spans = seconds_of(workspace)
+    return {
+        "command": "python bench/studies/iterative_merging.py",
+        "torch": torch.__version__,
+        "cpu_count": os.cpu_count(),
+        "machine": platform.machine(),
+        "locales": list(LOCALES),
+        "low_resource": list(LOW),
+        "rows_per_intent": ROWS_PER_INTENT,
+        "options": OPTIONS | MERGES | {"fisher_dataset": FISHER},
+        "seconds": {"sum": round(sum(spans.values()), 1), "by_cell": spans},
+        **rounded(evaluate(workspace, num_samples)),
+    }
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 5)
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def improvement(entry: dict[str, Any]) -> str:
+    """Points of accuracy over own training with the interval; bold where the interval leaves zero out."""
+    found = entry["improvement_over"].get("own_training")
+    if found is None:
+        return "-"
+    text = f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+    return text if entry["verdict"] == "no difference" else f"**{text}** {entry['verdict']}"
+
+
+def accuracy(entry: dict[str, Any], arm: str) -> str:
+    value = entry["arms"].get(arm)
+    return "-" if value is None else f"{100 * (value if isinstance(value, float) else value['value']):.1f}"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    ways = found["ways"]
+    if not ways:
+        return "# Merging while training\n\nNothing is finished yet.\n"
+    first = next(iter(ways.values()))
+    arms = ("base", "own_training", "best_source")
+    helped = [
+        [
+            name,
+            str(len(way["seeds"])),
+            improvement(way["all"]),
+            improvement(way["rich"]),
+            improvement(way["low_resource"]),
+            " / ".join(str(way["num_verdicts"][v]) for v in ("helped", "no difference", "hurt")),
+            f"{way['gate']['rejected']} of {sum(way['gate'].values())}" if sum(way["gate"].values()) else "-",
+        ]
+        for name, way in ways.items()
+    ]
+    columns = ["merge", "seeds", "all", "240 rows", "60 rows", "helped / no difference / hurt", "rejected"]
+    return "\n".join(
+        [
+            "# Merging while training: points of test accuracy over own training without a merge",
+            "",
+            f"`{found['command']}`, {found['seconds']['sum'] / 60:.0f} minutes of runs. Mean over locales, 95 %"
+            " interval of a paired bootstrap over rows and seeds; verdicts count locales.",
+            "",
+            *table(columns, helped),
+            "",
+            "## Without a merge, accuracy in percent",
+            "",
+            *table(
+                ["locale", *(arm.replace("_", " ") for arm in arms)],
+                [
+                    [locale, *(accuracy(entry, arm) for arm in arms)]
+                    for locale, entry in first["locales"].items()
+                ],
+            ),
+            "",
+            "## By locale",
+            "",
+            *table(
+                ["merge", *LOCALES],
+                [
+                    [name, *(improvement(way["locales"][locale]) for locale in LOCALES)]
+                    for name, way in ways.items()
+                ],
+            ),
+            "",
+        ]
+    )
+
+
+def chosen(names: str | None) -> list[Cell]:
+    cells = {cell.name: cell for cell in all_cells()}
+    if names is None:
+        return list(cells.values())
+    if unknown := [name for name in names.split(",") if name not in cells]:
+        raise SystemExit(f"no such cell: {', '.join(unknown)}; there are {', '.join(cells)}")
+    return [cells[name] for name in names.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workspace", type=Path, default=Path("runs/iterative_merging"))
+    parser.add_argument("--cells", help="run only these, by name, in this process, and compare nothing")
+    parser.add_argument("--processes", type=int, default=2, help="that run cells beside each other")
+    parser.add_argument("--compare-only", action="store_true", help="run nothing")
+    parser.add_argument("--bootstrap-samples", type=int, default=2000)
+    parser.add_argument("--out", type=Path, help="folder for the two files; without it they are printed")
+    arguments = parser.parse_args()
+    arguments.workspace = arguments.workspace.resolve()
+    arguments.workspace.mkdir(parents=True, exist_ok=True)
+    make_data(arguments.workspace)
+    if arguments.cells is not None:
+        run_cells(chosen(arguments.cells), arguments.workspace)
+        return
+    if not arguments.compare_only:
+        left = [cell for cell in all_cells() if not is_finished(arguments.workspace / cell.name)]
+        run_in_processes(left, arguments)
+    found = result(arguments.workspace, arguments.bootstrap_samples)
+    if arguments.out is None:
+        print(as_markdown(found))
+        return
+    write_json(arguments.out / "iterative_merging.json", found)
+    write_text(arguments.out / "iterative_merging.md", as_markdown(found))
+
+
+if __name__ == "__main__":
+    main()
