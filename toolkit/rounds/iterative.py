@@ -9,13 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
-from toolkit.data.prepare import Prepared, prepare, shared_label_names
-from toolkit.data.read import EVALUATION_SPLITS, open_source
 from toolkit.data.tokenizer import load_tokenizer
 from toolkit.errors import LaunchError
-from toolkit.evaluation.outcomes import RowOutcomes
 from toolkit.launch.plan import LaunchPlan
 from toolkit.modeling.adapters import lora_config
 from toolkit.modeling.load import load_model_config
@@ -24,20 +19,14 @@ from toolkit.reporting import environment
 from toolkit.reporting.records import RunStart
 from toolkit.rounds.baselines import Baselines
 from toolkit.rounds.checkpoints import CheckpointStore
-from toolkit.rounds.comparison import best_source, compare, comparison_record
-from toolkit.rounds.final_model import write_final_model
+from toolkit.rounds.comparison import compare, comparison_record
+from toolkit.rounds.hand_over import HandOver
+from toolkit.rounds.locale_rows import LocaleRows, prepare_locales
 from toolkit.rounds.loop import COMMIT, RoundLoop
 from toolkit.rounds.merge_step import MergeStep
 from toolkit.rounds.merging import MergeCoordinator, MergedModels, MergeOutcome
 from toolkit.rounds.monitor import build_listeners
-from toolkit.rounds.outcome_files import (
-    BASE,
-    BEST_SOURCE,
-    ITERATIVE,
-    LAST_MERGE,
-    OWN_TRAINING,
-    OutcomeFiles,
-)
+from toolkit.rounds.outcome_files import BASE, OutcomeFiles, arms_of
 from toolkit.rounds.participants import Participant, TrainerFactory
 from toolkit.rounds.run import Run, run_in_directory
 from toolkit.rounds.run_directory import RunDirectory
@@ -47,7 +36,6 @@ from toolkit.rounds.team import Team, join_team
 
 RECIPE = "iterative-merge"
 LOOP = "training"
-TEST_SPLIT = "test"
 TRAINED = "trained"
 """The journal's event for: training with merges is over, and its models are written."""
 
@@ -76,10 +64,7 @@ class IterativeRun(Run):
     ) -> None:
         super().__init__(RECIPE, config, plan, directory, processes, team)
         self.outcomes = OutcomeFiles(directory.path / "comparison")
-        self.rows: dict[str, Prepared] = {}
-        """Prepared rows of every locale, and of target languages that are none of them."""
-        self.compared: dict[str, Any] = {}
-        """Rows on which the models of each locale are compared: its test split, else its held-out rows."""
+        self.locales = LocaleRows({}, {}, None)
         self.merged_models = MergedModels(
             directory.path,
             directory.journal,
@@ -102,9 +87,12 @@ class IterativeRun(Run):
             self.say_nothing_left()
             return
         tokenizer = load_tokenizer(self.config)
-        label_names = self._prepare_rows(tokenizer)
+        load_model_config(self.config)  # what is wrong with the model is said before rows are read
+        self.locales = prepare_locales(self.config, tokenizer, self.team)
         self.directory.check_facts(self._facts())
-        self.factory = TrainerFactory(self.config, self.plan, tokenizer, label_names, self.processes)
+        self.factory = TrainerFactory(
+            self.config, self.plan, tokenizer, self.locales.label_names, self.processes
+        )
         is_trained = bool(self.journal.records(TRAINED))
         loop = None if is_trained else self._build_loop()
         commit = None if loop is None else loop.last_intact_commit()
@@ -134,13 +122,18 @@ class IterativeRun(Run):
         if loop is not None:
             loop.start(commit)
             self._announce(commit)
-            loop.go(before=self._write_base_outcomes)
-            self._hand_over(tokenizer)
+            hand_over = HandOver(self, self.factory, self.outcomes, self.merged_models, self.locales.compared)
+            loop.go(before=lambda participant: hand_over.write_outcomes(BASE, participant))
+            hand_over.write(self.participants)
+            self.exchange()
+            if self.is_main:
+                self.journal.append(TRAINED)
+            self.exchange()
         if self.config.baselines:
             for participant in self.participants:
                 self.factory.discard(participant.trainer)
             self.participants = []
-            Baselines(self, self.factory, self.rows, self.compared, self.outcomes).go()
+            Baselines(self, self.factory, self.locales.rows, self.locales.compared, self.outcomes).go()
         if self.is_main:
             self._compare()
             self.journal.append("finished")
@@ -149,39 +142,12 @@ class IterativeRun(Run):
 
     # Preparation
 
-    def _prepare_rows(self, tokenizer: Any) -> list[str] | None:
-        """Read the rows of all locales; returns the classes of the one classifier."""
-        config = self.config
-        load_model_config(config)
-        locales = dict.fromkeys(
-            [*config.locales, *(config.targets if config.merge_scope == "target" else ())]
-        )
-        own = {locale: config.for_locale(locale) for locale in locales}
-        label_names = None
-        if config.task == "sequence-classification":
-            label_names = shared_label_names([own[locale] for locale in config.locales])
-        for is_turn in (
-            self.team.is_main,
-            not self.team.is_main,
-        ):  # the others read what the first put into the cache
-            for locale, options in own.items() if is_turn else ():
-                keywords = {"seed": config.seed, "label_names": label_names}
-                self.rows[locale] = prepare(options, tokenizer, config.task, **keywords)
-                test = _with_test_split(options)
-                rows = (
-                    self.rows[locale] if test is None else prepare(test, tokenizer, config.task, **keywords)
-                )
-                if rows.evaluation is not None:
-                    self.compared[locale] = rows.evaluation
-            self.team.wait()
-        return label_names
-
     def _facts(self) -> dict[str, Any]:
         """What the run stands on."""
         config = self.config
         commit = getattr(load_model_config(config), "_commit_hash", None)
         return {
-            "data_fingerprint": {locale: rows.fingerprint for locale, rows in self.rows.items()},
+            "data_fingerprint": {locale: rows.fingerprint for locale, rows in self.locales.rows.items()},
             "model_fingerprint": model_fingerprint(find_model(config.model), config.revision, commit),
         }
 
@@ -220,7 +186,7 @@ class IterativeRun(Run):
             )
 
         names = self.config.locales
-        step = MergeStep(self, self.participants, names, coordinator, moments, self.rows, write)
+        step = MergeStep(self, self.participants, names, coordinator, moments, self.locales.rows, write)
         return RoundLoop(
             self,
             self.participants,
@@ -240,7 +206,7 @@ class IterativeRun(Run):
             keep=self.config.keep_checkpoints,
             process_state=self.processes,
         )
-        participant = Participant(locale, self.rows[locale], None, store)  # pyright: ignore[reportArgumentType] - its trainer needs it for on_step
+        participant = Participant(locale, self.locales.rows[locale], None, store)  # pyright: ignore[reportArgumentType] - its trainer needs it for on_step
         self._build_trainer(participant)
         return participant
 
@@ -319,7 +285,7 @@ class IterativeRun(Run):
     def _say_notes(self, commit: dict[str, Any] | None) -> None:
         for note in self.plan.notes:
             self.say("debug", note)
-        for locale, rows in self.rows.items():
+        for locale, rows in self.locales.rows.items():
             for problem in rows.report.problems:
                 self.say("warning", f"data check of {locale}, skipped as asked: {problem}")
             for warning in rows.report.warnings:
@@ -327,68 +293,13 @@ class IterativeRun(Run):
         if commit is not None:
             self.say("info", f"resumed after epoch {commit['epoch']} of {self.config.num_epochs}")
 
-    def _write_base_outcomes(self, participant: Participant) -> None:
-        self._write_outcomes(BASE, participant)
-
-    def _write_outcomes(self, arm: str, participant: Participant) -> None:
-        name = participant.name
-        if name in self.compared:
-            self.outcomes.write(arm, name, participant.trainer.evaluate_rows(self.compared[name]))
-
-    def _hand_over(self, tokenizer: Any) -> None:
-        """Write what training with merges gave: row outcomes, and the model of every locale."""
-        targets = self.config.targets
-        for participant in self.participants:
-            if participant.standing.status == "failed":
-                continue
-            self._write_outcomes(ITERATIVE, participant)
-            self._write_last_merge(participant)
-            folders = [self.directory.path / participant.name]
-            if participant.name == targets[0] or participant.name == self.config.locales[0]:
-                folders.append(self.directory.path)
-            for folder in folders:
-                write_final_model(
-                    folder,
-                    participant.trainer,
-                    tokenizer,
-                    config=self.config,
-                    plan=self.plan,
-                    recipe=RECIPE,
-                    label_names=self.factory.label_names,
-                    rows=[("Locale", participant.name)],
-                    processes=self.processes,
-                )
-        self.exchange()
-        if self.is_main:
-            self.journal.append(TRAINED)
-        self.exchange()
-
-    def _write_last_merge(self, participant: Participant) -> None:
-        """What the newest merged model that was made for a participant does, taken over or not."""
-        merges = [r for r in self.journal.records("merge") if participant.name in r["gate"]]
-        if not merges or participant.name not in self.compared:
-            return
-        paths: dict[str, str] = merges[-1]["paths"]
-        name = paths.get(participant.name) or next(iter(paths.values()))
-        own = participant.trainer.state()
-        participant.trainer.load_state(saved_state(self.merged_models.folder / name, participant.trainer))
-        self._write_outcomes(LAST_MERGE, participant)
-        participant.trainer.load_state(own)
-
     # The comparison
 
     def _compare(self) -> None:
         metric = self.config.metric
         if metric == "auto":
             metric = "accuracy" if self.config.task == "sequence-classification" else "loss"
-        measured: dict[str, dict[str, list[RowOutcomes]]] = {}
-        sources: dict[str, str] = {}
-        for locale in self.config.locales:
-            arms, source = self._arms(locale, metric)
-            if arms:
-                measured[locale] = arms
-            if source is not None:
-                sources[locale] = source
+        measured, sources = arms_of(self.outcomes, self.config.locales, metric)
         if measured:
             found = compare(
                 measured,
@@ -399,50 +310,26 @@ class IterativeRun(Run):
             )
             self.listener.handle(comparison_record(found))
 
-    def _arms(self, locale: str, metric: Any) -> tuple[dict[str, list[RowOutcomes]], str | None]:
-        """What was measured on a locale's rows, and which other locale's model is best there."""
-        read = self.outcomes.read
-        found = {arm: read(arm, locale) for arm in (BASE, OWN_TRAINING, LAST_MERGE, ITERATIVE)}
-        others = {
-            other: read(OWN_TRAINING, other, rows_of=locale)
-            for other in self.config.locales
-            if other != locale
-        }
-        others = {other: outcomes for other, outcomes in others.items() if outcomes is not None}
-        source = best_source(others, metric)
-        if source is not None:
-            found[BEST_SOURCE] = others[source]
-        return {arm: [outcomes] for arm, outcomes in found.items() if outcomes is not None}, source
-
     def _result_rows(self, seconds: float) -> list[tuple[str, str]]:
-        return [("Time of this session", f"{seconds / 60:.1f} min")]
+        merges = self.journal.records("merge")
+        verdicts = [verdict for merge in merges for verdict in merge["gate"].values()]
+        made = sum(merge["status"] == "merged" for merge in merges)
+        rows = [("Merges", str(made) if made == len(merges) else f"{made} of {len(merges)} attempted")]
+        if self.config.merge_gate:
+            rows.append(
+                ("Taken over", f"{verdicts.count('accepted')} of {len(verdicts)} merged states offered")
+            )
+        standings = [r for r in self.journal.records(COMMIT) if r["loop"] == LOOP][-1]["standings"]
+        for locale, standing in standings.items():
+            if standing["status"] == "failed":
+                rows.append((f"{locale} failed", standing["error"]))
+            elif standing["status"] == "stopped":
+                rows.append((f"{locale} stopped early", standing["stop_reason"]))
+        return [*rows, ("Time of this session", f"{seconds / 60:.1f} min")]
 
     def _paths(self) -> list[tuple[str, str]]:
-        return [("Model saved to", str(self.directory.path / "final_model"))]
-
-
-def saved_state(folder: Path, trainer: Any) -> dict[str, Any]:
-    """The state that was saved as a model folder, complete: what a folder leaves out (a second name of a tied tensor)
-    is taken from the name that it is tied to, or from the trainer."""
-    saved: dict[str, Any] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        saved |= load_file(path)
-    own = trainer.state()
-    if own.keys() <= saved.keys():
-        return saved
-    places = {name: tensor.data_ptr() for name, tensor in trainer.model.state_dict().items()}
-    by_place = {places[name]: tensor for name, tensor in saved.items()}
-    return {name: saved.get(name, by_place.get(places[name], tensor)) for name, tensor in own.items()}
-
-
-def _with_test_split(options: Any) -> Any | None:
-    """The options that read the test split as held-out rows, where there is one besides those that training looks at:
-    a gate and a schedule choose by those, so they would flatter the result."""
-    if options.eval_data is not None or options.eval_split == TEST_SPLIT:
-        return None
-    splits = open_source(options.data).splits
-    if TEST_SPLIT not in splits or not any(
-        name in splits for name in EVALUATION_SPLITS if name != TEST_SPLIT
-    ):
-        return None
-    return options.model_copy(update={"eval_split": TEST_SPLIT})
+        run_dir = self.directory.path
+        models = (
+            [("Model saved to", str(run_dir / "final_model"))] if (run_dir / "final_model").is_dir() else []
+        )
+        return [*models, ("Model of each locale", str(run_dir / "LOCALE" / "final_model"))]

@@ -138,7 +138,7 @@ class RoundLoop:
 
     # The loop
 
-    def go(self, before: Callable[[Participant], None] | None = None) -> None:
+    def go(self, before: Callable[[Participant], object] | None = None) -> None:
         """Train to the end.
 
         Args:

@@ -1,12 +1,15 @@
 """What each model of the comparison did on each held-out row: ``<run>/comparison/<arm>/<model>/<rows of>.npz``."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from toolkit.durable import write_bytes
 from toolkit.evaluation.outcomes import RowOutcomes
+from toolkit.rounds.comparison import best_source
 
 BASE = "base"
 OWN_TRAINING = "own_training"
@@ -44,3 +47,26 @@ class OutcomeFiles:
 
     def _path(self, arm: str, model: str, rows_of: str | None) -> Path:
         return self._folder / arm / model / f"{rows_of or model}.npz"
+
+
+def arms_of(
+    files: OutcomeFiles, locales: Sequence[str], metric: Any
+) -> tuple[dict[str, dict[str, list[RowOutcomes]]], dict[str, str]]:
+    """What :func:`toolkit.rounds.comparison.compare` takes, for one seed.
+
+    Returns:
+        Outcomes by locale and arm; and by locale, which other one's own training is best on its rows.
+    """
+    measured: dict[str, dict[str, list[RowOutcomes]]] = {}
+    sources: dict[str, str] = {}
+    for locale in locales:
+        found = {arm: files.read(arm, locale) for arm in (BASE, OWN_TRAINING, LAST_MERGE, ITERATIVE)}
+        others = {o: files.read(OWN_TRAINING, o, rows_of=locale) for o in locales if o != locale}
+        present = {other: outcomes for other, outcomes in others.items() if outcomes is not None}
+        source = best_source(present, metric)
+        if source is not None:
+            sources[locale], found[BEST_SOURCE] = source, present[source]
+        arms = {arm: [outcomes] for arm, outcomes in found.items() if outcomes is not None}
+        if arms:
+            measured[locale] = arms
+    return measured, sources

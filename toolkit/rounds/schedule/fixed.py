@@ -44,7 +44,8 @@ class FixedFrequency:
         if not active:
             reason = "no participant is active"
         elif epoch % self.frequency == 0:
-            trigger, reason = "frequency", f"a merge every {self.frequency} epochs"
+            every = "epoch" if self.frequency == 1 else f"{self.frequency} epochs"
+            trigger, reason = "frequency", f"a merge every {every}"
         elif found:
             trigger, confidence = "performance", len(found) / len(self._windows.training(active))
             reason = "; ".join(trouble.reason for trouble in found)
