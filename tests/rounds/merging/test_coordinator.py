@@ -275,13 +275,14 @@ def test_each_gets_its_own_mixture():
     assert [outcome.weights for outcome in outcomes.values()] == list(weights.values())
 
 
-def test_a_state_that_changes_between_mixtures_is_seen():
+@pytest.mark.parametrize("name", ["layer.0.bias", "temperature", "embeddings.weight"])
+def test_a_state_that_changes_between_mixtures_is_seen(name):
     states = [full_state(k) for k in range(2)]
-    weights = {name: dict.fromkeys(PARTICIPANTS[:2], 0.5) for name in PARTICIPANTS[:2]}
+    weights = {target: dict.fromkeys(PARTICIPANTS[:2], 0.5) for target in PARTICIPANTS[:2]}
     contributions = [contribution(number, state, 0.0) for number, state in enumerate(states)]
     mixtures = MergeCoordinator(options()).merge_each(contributions, weights, label="round 1")
     next(mixtures)
-    states[1]["layer.0.bias"] += 1
+    states[1][name].view(-1)[-1] += 1
     with pytest.raises(MergeError, match="the state of fr-FR changed while it was merged"):
         next(mixtures)
 

@@ -1,13 +1,14 @@
 """Merging the participants of a run: one call for each merge, checked and timed."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from toolkit.errors import InputError, MeldkitError, MergeError
+from toolkit.merging.states import State
 from toolkit.rounds.merging import integrity
 from toolkit.rounds.merging.attempts import Deadline, attempt
 from toolkit.rounds.merging.combination import Combination, Combined, Job
@@ -17,18 +18,27 @@ from toolkit.rounds.merging.factors import summary
 from toolkit.rounds.merging.here import Here
 from toolkit.rounds.merging.wire import Wire
 
+ValueT = TypeVar("ValueT")
+
 DORA = "DoRA: directions and magnitudes are merged apart, which is not the mean of the weights"
 
 
 @dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What every participant's state is known by, on all ranks; nothing without validation."""
+
+    sha256: dict[str, str]
+    checksums: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class _Merged:
-    """What one attempt comes to: this rank's results by label, and what was checked."""
+    """What one attempt comes to: this rank's results by label, and the hashes of the results of all ranks."""
 
     jobs: dict[str, Job]
+    inputs: _Inputs
     results: dict[str, Combined]
-    input_sha256: dict[str, str]
     output_sha256: dict[str, str]
-    checks: dict[str, Any]
 
 
 class MergeCoordinator:
@@ -92,7 +102,7 @@ class MergeCoordinator:
                 All ranks raise it.
             RunError: a rank does not answer; the run cannot go on.
         """
-        return self._outcomes(contributions, {label: (None, None)}, label)[label]
+        return self._outcomes(contributions, {label: (None, None)}, label)[1][label]
 
     def merge_each(
         self, contributions: Sequence[Contribution], weights: Mapping[str, Mapping[str, float]], *, label: str
@@ -100,8 +110,7 @@ class MergeCoordinator:
         """A mixture of its own for every target, one after another.
 
         As :meth:`merge` for each target, with every state hashed once and sent once. In one process the next target is
-        merged when it is asked for, so that one result is held at a time; that inputs are unchanged is then checked
-        with the last one.
+        merged when it is asked for, so that one result is held at a time.
 
         Args:
             contributions: as of :meth:`merge`; their weights do not matter here.
@@ -117,15 +126,14 @@ class MergeCoordinator:
         wanted = {f"{label}, {target}": (shares, target) for target, shares in weights.items()}
         targets = {f"{label}, {target}": target for target in weights}
         if self._group is not None:
-            for name, outcome in self._outcomes(contributions, wanted, label).items():
+            for name, outcome in self._outcomes(contributions, wanted, label)[1].items():
                 yield targets[name], outcome
             return
-        hashes: dict[str, str] | None = None
-        for number, (name, job) in enumerate(wanted.items(), start=1):
-            is_last = number == len(wanted)
-            outcome = self._outcomes(contributions, {name: job}, name, hashes, hash_again=is_last)[name]
-            hashes = outcome.input_sha256
-            yield targets[name], outcome
+        inputs = None
+        for name, job in wanted.items():
+            merged, outcomes = self._outcomes(contributions, {name: job}, name, inputs)
+            inputs = merged.inputs
+            yield targets[name], outcomes[name]
 
     # Inside
 
@@ -134,15 +142,20 @@ class MergeCoordinator:
         contributions: Sequence[Contribution],
         wanted: Mapping[str, tuple[Mapping[str, float] | None, str | None]],
         label: str,
-        hashes: dict[str, str] | None = None,
-        *,
-        hash_again: bool = True,
-    ) -> dict[str, MergeOutcome]:
-        """Outcomes by label. ``wanted``: label -> weights (None for the contributions' own) and receiver."""
+        inputs: _Inputs | None = None,
+    ) -> tuple[_Merged, dict[str, MergeOutcome]]:
+        """Outcomes by label, and what they are of.
+
+        Args:
+            contributions: of this rank.
+            wanted: label -> weights (None for the contributions' own) and receiver.
+            label: of all of it.
+            inputs: the contributions' hashes, if they are known.
+        """
         started = time.perf_counter()
 
         def once(deadline: Deadline) -> _Merged:
-            return self._once(contributions, wanted, hashes, deadline, hash_again=hash_again)
+            return self._once(contributions, wanted, inputs, deadline)
 
         try:
             merged, attempts = attempt(
@@ -157,29 +170,28 @@ class MergeCoordinator:
                 error.message = f"merge {label}: {error.message}"
             raise
         seconds = (time.perf_counter() - started) / max(len(merged.results), 1)
-        return {
+        outcomes = {
             name: MergeOutcome(
                 state=combined.state,
                 weights=dict(merged.jobs[name].weights),
                 method=self.combination.name,
                 seconds=seconds,
                 attempts=attempts,
-                input_sha256=merged.input_sha256,
+                input_sha256=merged.inputs.sha256,
                 output_sha256=merged.output_sha256.get(name, ""),
                 integrity=self._facts(merged, name),
                 notes=self._notes(merged.jobs[name]),
             )
             for name, combined in merged.results.items()
         }
+        return merged, outcomes
 
     def _once(
         self,
         contributions: Sequence[Contribution],
         wanted: Mapping[str, tuple[Mapping[str, float] | None, str | None]],
-        hashes: dict[str, str] | None,
+        inputs: _Inputs | None,
         deadline: Deadline,
-        *,
-        hash_again: bool,
     ) -> _Merged:
         """One attempt, on all ranks."""
         how = self._how(deadline)
@@ -189,18 +201,20 @@ class MergeCoordinator:
         order = [name for name in self._participants or known if name in known]
         own = {name: known[name][0] for name in order}
         jobs = {
-            label: Job(label=label, weights=dict(weights or own), receiver=target)
+            label: Job(label=label, weights=dict(own if weights is None else weights), receiver=target)
             for label, (weights, target) in wanted.items()
         }
         for job in jobs.values():
             self._check(job, known)
-        before = self._hashes(how, contributions, deadline) if hashes is None else hashes
-        results = how.merge(contributions, list(jobs.values()))
-        merged = _Merged(jobs, results, before, {}, {})
+        if inputs is None:
+            inputs = _Inputs(
+                self._of_inputs(how, contributions, integrity.sha256_of, deadline),
+                self._of_inputs(how, contributions, integrity.checksum_of, deadline),
+            )
+        merged = _Merged(jobs, inputs, how.merge(contributions, list(jobs.values())), {})
         if self._validate:
-            if hash_again:
-                integrity.check_unchanged(before, self._hashes(how, contributions, deadline))
-                merged.checks["inputs_unchanged"] = True
+            checksums = self._of_inputs(how, contributions, integrity.checksum_of, deadline)
+            integrity.check_unchanged(inputs.checksums, checksums)
             self._hash_results(how, merged)
         return merged
 
@@ -235,19 +249,23 @@ class MergeCoordinator:
                 f"{self.combination.method.name} weighs by a Fisher, which {', '.join(without)} did not bring"
             )
 
-    def _hashes(
-        self, how: Here | Exchange, contributions: Sequence[Contribution], deadline: Deadline
-    ) -> dict[str, str]:
-        """SHA-256 of every participant's state, on all ranks; none without validation."""
+    def _of_inputs(
+        self,
+        how: Here | Exchange,
+        contributions: Sequence[Contribution],
+        function: Callable[[State], ValueT],
+        deadline: Deadline,
+    ) -> dict[str, ValueT]:
+        """A function of every participant's state, on all ranks; of none without validation."""
         if not self._validate:
             return {}
 
-        def own() -> dict[str, str]:
-            hashes = {}
+        def own() -> dict[str, ValueT]:
+            found = {}
             for entry in contributions:
-                hashes[entry.participant] = integrity.sha256_of(entry.state)
+                found[entry.participant] = function(entry.state)
                 deadline.check()
-            return hashes
+            return found
 
         return _union(how.agree(own))
 
@@ -262,10 +280,11 @@ class MergeCoordinator:
 
     def _facts(self, merged: _Merged, label: str) -> dict[str, Any]:
         """What was checked of one result, and what was measured."""
-        facts = dict(merged.checks)
+        facts: dict[str, Any] = {}
         if self._validate:
+            passed = ("inputs_unchanged", "names_shapes_dtypes", "finite", "weights_add_up_to_1")
+            facts |= dict.fromkeys(passed, True)
             names = self.combination.convex_names(merged.results[label].state)
-            facts |= {"names_shapes_dtypes": True, "finite": True, "weights_add_up_to_1": True}
             facts["inside_envelope"] = True if names or self._is_alone(merged.jobs[label]) else None
         if errors := merged.results[label].errors:
             facts["products"] = summary(errors)
