@@ -73,8 +73,7 @@ class Journal:
         The lines stay in the file, before a line that says so; :meth:`records` leaves them out.
         """
         if any(r["number"] > number and r["event"] not in FACTS_OF_THE_DISK for r in self._records):
-            if self._writable:
-                self.append("rewound", to=number)
+            self.append("rewound", to=number)  # also where it is only remembered: what follows gets new numbers
             self._records = [
                 r for r in self._records if r["number"] <= number or r["event"] in FACTS_OF_THE_DISK
             ]
@@ -85,7 +84,8 @@ class Journal:
         Args:
             gather: the JSON value of every process, the writing one first. On all processes.
         """
-        others = gather([] if self._writable else self._since(self._exchanged))[1:]
+        own = [r for r in self._since(self._exchanged) if r["event"] != "rewound"]
+        others = gather([] if self._writable else own)[1:]
         for record in (record for records in others for record in records):
             if self._writable:
                 facts = {name: value for name, value in record.items() if name not in ("number", "time")}
