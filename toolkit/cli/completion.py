@@ -54,11 +54,13 @@ def parser() -> argparse.ArgumentParser:
 def _add_merging(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     from toolkit.config.fisher_command import FisherConfig
     from toolkit.config.merge_command import MergeConfig
+    from toolkit.config.merge_locales_command import MergeLocalesConfig
 
     merge = commands.add_parser("merge", help=COMMANDS["merge"])
     _completed(merge.add_argument("recipe", nargs="?", help="A recipe file."), shtab.FILE)
     _completed(merge.add_argument("folder", nargs="?", help="The folder of the result."), shtab.DIRECTORY)
     _add_options(merge, MergeConfig)
+    _add_options(commands.add_parser("merge-locales", help=COMMANDS["merge-locales"]), MergeLocalesConfig)
     _add_options(commands.add_parser("fisher", help=COMMANDS["fisher"]), FisherConfig)
 
 

@@ -8,6 +8,7 @@ from toolkit.terminal import BOLD, styled, usage_lines, width
 COMMANDS: dict[str, str] = {
     "train": "Train with a recipe.",
     "merge": "Merge models, or adapters, into one.",
+    "merge-locales": "Merge models of locales into one for a target language.",
     "fisher": "Estimate a model's Fisher information, for merges that weigh by it.",
     "data": "Check, preview and split data; list formats; make sample data.",
     "models": "Make sample models.",

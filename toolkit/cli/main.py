@@ -37,6 +37,7 @@ def _main(argv: list[str], *, debug: bool) -> int:
     commands: dict[str, Command] = {
         "train": lambda rest: _train([*rest, "--debug"] if debug and rest else rest),
         "merge": _merge,
+        "merge-locales": _merge_locales,
         "fisher": _fisher,
         "data": _data,
         "models": _models,
@@ -69,6 +70,12 @@ def _merge(argv: list[str]) -> int:
     from toolkit.merging.commands import merge
 
     return merge(argv)
+
+
+def _merge_locales(argv: list[str]) -> int:
+    from toolkit.rounds.merge_locales import merge_locales
+
+    return merge_locales(argv)
 
 
 def _fisher(argv: list[str]) -> int:
