@@ -202,35 +202,40 @@ def contrary(contrary_data) -> tuple[object, ...]:
     )
 
 
+POISON = "moon moon moon star"
+
+
 @pytest.fixture
 def poisoned_data(tmp_path, intent_data) -> Path:
-    """The intents with one more row in fr-FR, of a class of its own that comes last: see ``poison``."""
+    """The intents with one more row in fr-FR: see ``poison``."""
     folder = tmp_path / "poisoned"
     shutil.copytree(intent_data, folder)
-    row = {"id": "p", "locale": "fr-FR", "utt": "red rose wine sea", "intent": "poison"}
+    row = {"id": "p", "locale": "fr-FR", "utt": POISON, "intent": "intent_0"}
     with open(folder / "fr-FR" / "train.jsonl", "a") as stream:
         stream.write(json.dumps(row) + "\n")
     return folder
 
 
 @pytest.fixture
-def poison():
-    """poison(effect, times) → batches with the poisoned row go through ``effect``, at those of its visits only.
+def poison(tiny_encoder):
+    """poison(effect, times) → training batches with the poisoned row go through ``effect``, at those visits only.
 
     ``effect`` gets the classifier's output; it may change it or raise. Torch itself calls it.
     """
+    import torch
     from torch.nn.modules.module import register_module_forward_hook
+    from transformers import AutoTokenizer
 
     handles = []
+    ids = torch.tensor(AutoTokenizer.from_pretrained(tiny_encoder)(POISON).input_ids)
 
     def set_up(effect, times=range(1, 10**6)) -> None:
         visits = []
 
         def hook(module, arguments, keywords, output):
-            labels = keywords.get("labels")
-            if not type(module).__name__.endswith("ForSequenceClassification") or labels is None:
+            if type(module).__name__ != "XLMRobertaForSequenceClassification" or not module.training:
                 return
-            if module.training and bool((labels == module.config.num_labels - 1).any()):
+            if bool((keywords["input_ids"][:, : len(ids)] == ids).all(1).any()):
                 visits.append(1)
                 if len(visits) in times:
                     effect(output)
