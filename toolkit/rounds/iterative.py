@@ -235,7 +235,9 @@ class IterativeRun(Run):
         if commit is not None:
             durable = [commit["number"]]
         self.journal.rewind(durable[-1] if durable else 0)
-        self.merged_models.recover()
+        if self.is_main:
+            self.merged_models.recover()
+        self.team.wait()
 
     def _restored(self, loop: RoundLoop | None, commit: dict[str, Any] | None) -> dict[str, int] | None:
         if not self.config.resume:
