@@ -238,6 +238,24 @@ def _sum_of_weights(weights, num_models):
     return total
 
 
+@inlined
+def _combine(values, weights, num_models, n, is_elected, negligible, is_normalized, mean, total, divisor):
+    """mean = the sum of the values, or of those whose sign is elected."""
+    if is_elected == 0:
+        _add_values(values, num_models, n, mean)
+    elif num_models <= 4:
+        _elect_four(values, weights, num_models, n, negligible, is_normalized, total, mean)
+    else:
+        _elect_many(values, weights, num_models, n, negligible, is_normalized, mean, total, divisor)
+
+
+@inlined
+def _divide(mean, constant, n):
+    if constant != 1.0:
+        for i in range(n):
+            store_float64(mean, i, load_float64(mean, i) / constant)
+
+
 def _consensus(as_lane, element, make_strip):
     def consensus(
         spans,
@@ -279,15 +297,10 @@ def _consensus(as_lane, element, make_strip):
                 make_strip(
                     spans, num_models, k, weights, masks, strip, start, n, base, theta_buffer, random, values
                 )
-            if is_elected == 0:
-                _add_values(values, num_models, n, mean)
-            elif num_models <= 4:
-                _elect_four(values, weights, num_models, n, negligible, is_normalized, total, mean)
-            else:
-                _elect_many(values, weights, num_models, n, negligible, is_normalized, mean, total, divisor)
-            if constant != 1.0:
-                for i in range(n):
-                    store_float64(mean, i, load_float64(mean, i) / constant)
+            _combine(
+                values, weights, num_models, n, is_elected, negligible, is_normalized, mean, total, divisor
+            )
+            _divide(mean, constant, n)
             for i in range(n):
                 store_float64(mean, i, element(base, i) + scale * load_float64(mean, i))
             num_bad += write_strip(out_code, pointer(out, strip * item_size(out_code)), n, mean)
