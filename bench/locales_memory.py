@@ -3,10 +3,11 @@
     python bench/locales_memory.py [--encoder FOLDER] [--language-model FOLDER] [--out FILE]
 
 Each arm is a process of its own that builds its locales as the recipes do, trains them in turns, evaluates them, takes
-all their states and optimizer states, merges them and hands the result out, for two rounds of six steps. Read from
-/proc/self/status every five milliseconds: the peak of the resident memory (VmRSS) and of its anonymous part (RssAnon:
-heaps and tensors, without files that are mapped). Arms alternate 1 8 8 1; medians and their ratios are reported.
-Rows have random tokens and fixed lengths, so that all locales need the same.
+all their states and optimizer states, merges them and hands the result out, for two rounds of two steps. Read from
+/proc/self/status every ten milliseconds: the peak of the resident memory (VmRSS) and of its anonymous part (RssAnon:
+heaps and tensors, without files that are mapped), of the whole process and from the first step on (loading the
+tokenizer and the base has a peak of its own). Arms alternate 1 8 8 1; medians and their ratios are reported. Rows have
+random tokens and fixed lengths, so that all locales need the same.
 """
 
 import argparse
@@ -25,10 +26,10 @@ from typing import Any
 
 NUM_LOCALES = 8
 NUM_ROUNDS = 2
-STEPS_A_ROUND = 6
-SAMPLE_SECONDS = 0.005
+STEPS_A_ROUND = 2
+SAMPLE_SECONDS = 0.01
 LOCALES = ("de-DE", "en-US", "es-ES", "fi-FI", "fr-FR", "hu-HU", "ja-JP", "sw-KE")
-SHAPES = {"sequence-classification": (16, 24), "causal-lm": (4, 128)}
+SHAPES = {"sequence-classification": (16, 24), "causal-lm": (2, 64)}
 """Rows of a batch and tokens of a row."""
 NUM_CLASSES = 60
 
@@ -44,6 +45,12 @@ class Peaks(threading.Thread):
         while True:
             self.sample()
             time.sleep(SAMPLE_SECONDS)
+
+    def take(self) -> dict[str, float]:
+        """The peaks since the last call, in MiB."""
+        self.sample()
+        taken, self.mebibytes = self.mebibytes, dict.fromkeys(self.mebibytes, 0.0)
+        return taken
 
     def sample(self) -> None:
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -101,7 +108,8 @@ def train(model: str, task: str, num_locales: int) -> dict[str, Any]:
         trainers = []
         for number, name in enumerate(LOCALES[:num_locales]):
             prepared: Any = SimpleNamespace(
-                train=rows(task, STEPS_A_ROUND * SHAPES[task][0], number), evaluation=rows(task, 32, 100)
+                train=rows(task, STEPS_A_ROUND * SHAPES[task][0], number),
+                evaluation=rows(task, SHAPES[task][0], 100),
             )
             trainers.append(
                 factory.build(
@@ -112,15 +120,14 @@ def train(model: str, task: str, num_locales: int) -> dict[str, Any]:
                     stop_requested=lambda: False,
                 )
             )
-        peaks.sample()
-        built = dict(peaks.mebibytes)
+        phases = {"building": peaks.take()}
         for trainer in trainers:
             trainer.start()
         for number in range(1, NUM_ROUNDS + 1):
             one_round(trainers, number)
-        peaks.sample()
-    trained, _ = trainers[0].num_parameters
-    return {"peak": peaks.mebibytes, "peak_until_built": built, "num_trained_parameters": trained}
+        phases["training"] = peaks.take()
+    phases["whole"] = {kind: max(phase[kind] for phase in phases.values()) for kind in peaks.mebibytes}
+    return phases | {"num_trained_parameters": trainers[0].num_parameters[0]}
 
 
 def one_round(trainers: list[Any], number: int) -> None:
@@ -148,10 +155,11 @@ def measure(model: str, task: str, repeats: int) -> dict[str, Any]:
             runs[num_locales].append(json.loads(result.stdout.splitlines()[-1]))
             print(task, num_locales, runs[num_locales][-1], flush=True)
     report: dict[str, Any] = {"num_trained_parameters_a_locale": runs[1][0]["num_trained_parameters"]}
-    for kind in ("VmRSS", "RssAnon"):
-        medians = {n: statistics.median(run["peak"][kind] for run in found) for n, found in runs.items()}
-        report[kind] = {f"{n}_locales_mebibytes": round(value, 1) for n, value in medians.items()}
-        report[kind]["ratio"] = round(medians[NUM_LOCALES] / medians[1], 3)
+    for phase in ("whole", "training"):
+        for kind in ("VmRSS", "RssAnon"):
+            medians = {n: statistics.median(run[phase][kind] for run in found) for n, found in runs.items()}
+            row: dict[str, float] = {f"{n}_locales_mebibytes": round(v, 1) for n, v in medians.items()}
+            report[f"{phase}, {kind}"] = row | {"ratio": round(medians[NUM_LOCALES] / medians[1], 3)}
     return report
 
 

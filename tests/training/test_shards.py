@@ -31,8 +31,8 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 def make(build, make_config, make_model, make_encoder, make_rows):
     """make(name, batch_size, rows, seed, task, finetuning) → a started trainer; all start from the same weights."""
 
-    def one(name, batch_size, rows, seed, task, finetuning):
-        options = OPTIONS | {"task": task, "finetuning": finetuning, "batch_size": batch_size}
+    def one(name, batch_size, rows, seed, task, finetuning, **more):
+        options = OPTIONS | {"task": task, "finetuning": finetuning, "batch_size": batch_size} | more
         model = make_model() if task == "causal-lm" else make_encoder(**NO_DROPOUT)
         if finetuning == "lora":
             options |= LORA
@@ -123,3 +123,16 @@ def test_other_weights_are_another_run(make, make_rows, task):
     whole.trainer.fit(NUM_STEPS)
     parts = run_with_merges(make, rows, task, "full", lambda steps: [1 / 3] * 3)
     assert distance(parts["ann"].trainer.state(), whole.trainer.state()) > 1e-3
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+def test_accumulated_batches_are_one_batch(make, make_rows, task):
+    """Also in the last step, whose batches have three rows and one."""
+    rows = make_rows(16, seed=1, num_classes=None if task == "causal-lm" else 5)
+    whole = make("whole", 6, rows, 7, task, "full")
+    parts = make("parts", 3, rows, 7, task, "full", gradient_accumulation_steps=2)
+    assert whole.trainer.num_steps == parts.trainer.num_steps == 3
+    for part in (whole, parts):
+        part.trainer.fit(3)
+    assert distance(parts.trainer.state(), whole.trainer.state()) < 1e-6
+    assert [s.loss for s in parts.steps] == pytest.approx([s.loss for s in whole.steps], abs=1e-6)
