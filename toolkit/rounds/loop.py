@@ -218,6 +218,7 @@ class RoundLoop:
         }
         if before and all(before[0][key] == value for key, value in content.items()):
             return
+        self.run.exchange()  # the checkpoints of all ranks are in the journal before the line that names them
         if self.team.is_main:
             self.run.journal.append(COMMIT, **content)
         for participant in self.participants:

@@ -194,10 +194,18 @@ class TrainerFactory:
         return self._shared
 
     def _load_base(self) -> Any:
-        return load_base(
+        model = load_base(
             self.config,
             self._plan,
             label_names=self.label_names,
             pad_token_id=self.tokenizer.pad_token_id,
             local_rank=self._processes.local_process_index,
         )
+        if self._processes.num_processes == 1:
+            # transformers writes weights on rank 0 of torch.distributed only; each rank of a team has its own models.
+            model.should_save_on_this_rank = _says_so
+        return model
+
+
+def _says_so(is_main_process: bool) -> bool:
+    return is_main_process
