@@ -185,10 +185,17 @@ class RoundLoop:
 
     def _leave_or_commit(self) -> None:
         stopping = any(self.team.gather(self.run.stop()))
-        if stopping or self.config.checkpoint_every == "epoch":
+        if stopping or self._commit_is_due():
             self.commit()
         if stopping and self.epoch < self.num_epochs:
             raise self.run.interrupted(f"after epoch {self.epoch}")
+
+    def _commit_is_due(self) -> bool:
+        """After an epoch: also where a number of steps ends with it, which training to its end has left out."""
+        every = self.config.checkpoint_every
+        if every in ("epoch", "never"):
+            return every == "epoch"
+        return any(p.trainer.step % int(every) == 0 for p in self._active())
 
     def commit(self) -> None:
         """Commit a checkpoint of every participant, and the line that makes them one state of the loop. On all
