@@ -2,10 +2,10 @@
 
     python bench/studies/iterative_merging.py [--workspace runs/iterative_merging] [--out bench/results]
 
-Three locales have 240 training rows each, three have 60 (low-resource). Every cell (method, scope, gate, seed) is a run
-of the recipe in a directory of its own; one more run a seed never merges, and is what all cells of that seed are
-compared with: the same rows, steps and seed. Run the command again to go on: finished cells are skipped, one that was
-stopped goes on from its last commit.
+Three locales have 128 training rows each, three have 48 (low-resource), which also means fewer steps. Every cell
+(method, scope, gate, seed) is a run of the recipe in a directory of its own; one more run a seed never merges, and is
+what all cells of that seed are compared with: the same rows, steps and seed. Run the command again to go on: finished
+cells are skipped, one that was stopped goes on from its last commit.
 
 Written: ``iterative_merging.json`` (every arm, interval and verdict) and ``iterative_merging.md`` (tables). Accuracy is
 on test rows that neither training nor gate has seen; intervals are a paired bootstrap of rows and seeds.
@@ -17,6 +17,7 @@ import gc
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -30,19 +31,22 @@ from typing import Any
 from toolkit.durable import write_json, write_text
 from toolkit.errors import Interrupted, MeldkitError
 
-RICH, LOW = ("en-US", "de-DE", "fr-FR"), ("sq-AL", "sw-KE", "is-IS")
+RICH, LOW = ("en-US", "de-DE", "fr-FR"), ("sq-AL", "is-IS", "eu-ES")
 LOCALES = (*RICH, *LOW)
 METHODS = ("linear", "fisher_dataset", "from_optimizer", "ties")
 SCOPES = ("target", "each")
 SEEDS = (1, 2, 3)
-ROWS_PER_INTENT = 60
-NUM_RICH, NUM_LOW = 240, 60
+ROWS_PER_INTENT = 100
+NUM_HELD_OUT = {"validation": 96, "test": 240}
+NUM_RICH, NUM_LOW = 128, 48
 OPTIONS: dict[str, Any] = {
     "model": "sample:multilingual-e5-small",
     "finetuning": "lora",
     "max_rows": NUM_RICH,
     "max_rows_by_locale": dict.fromkeys(LOW, NUM_LOW),
-    "max_epochs": 6,
+    "max_epochs": 8,
+    "batch_size": 8,
+    "warmup_ratio": 0.1,
     "learning_rate": 3e-3,
     "checkpoint_every": "never",
     "report_to": [],
@@ -51,7 +55,6 @@ OPTIONS: dict[str, Any] = {
 }
 MERGES: dict[str, Any] = {"merge_frequency": 2, "weight_calculation": "similarity", "baselines": False}
 FISHER: dict[str, Any] = {"fisher_data_mode": "sources", "num_fisher_examples": 48, "fisher_batch_size": 16}
-NO_MERGE: dict[str, Any] = {"merge_frequency": OPTIONS["max_epochs"] + 1, "baselines": True}
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class Cell:
 
     def options(self) -> dict[str, Any]:
         if self.method is None:
-            return OPTIONS | NO_MERGE | {"seed": self.seed}
+            never = {"merge_frequency": OPTIONS["max_epochs"] + 1}
+            return OPTIONS | never | {"baselines": True, "seed": self.seed}
         own = {"merge_algorithm": self.method, "merge_scope": self.scope, "merge_gate": self.gate}
         fisher = FISHER if self.method == "fisher_dataset" else {}
         return OPTIONS | MERGES | fisher | own | {"seed": self.seed}
@@ -86,10 +90,16 @@ def all_cells() -> list[Cell]:
 # --- running
 
 
-def make_data(workspace: Path) -> Path:
+def make_data(workspace: Path) -> None:
+    """Rows of every locale; of the held-out ones the first few, which is enough and leaves more time for training."""
     from toolkit.data.samples.catalog import make
 
-    return make("intents", workspace / "data", locales=list(LOCALES), rows_per_intent=ROWS_PER_INTENT)
+    made = make("intents", workspace / "sample", locales=list(LOCALES), rows_per_intent=ROWS_PER_INTENT)
+    staged = workspace / "data-staged"
+    for source in sorted(made.glob("*/*.jsonl")):
+        lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(staged / source.relative_to(made), "".join(lines[: NUM_HELD_OUT.get(source.stem)]))
+    staged.rename(workspace / "data")
 
 
 def is_finished(folder: Path) -> bool:
@@ -130,8 +140,8 @@ def run_cells(cells: Sequence[Cell], workspace: Path) -> None:
     for cell in cells:
         try:
             run_cell(cell, workspace)
-        except Interrupted:
-            raise
+        except Interrupted as error:
+            raise SystemExit(f"{cell.name}: {error.message}; the same command goes on") from None
         except MeldkitError as error:  # a result too: the table shows the gap
             print(f"{cell.name}: {error.message}", flush=True)
 
@@ -140,14 +150,23 @@ def run_in_processes(cells: Sequence[Cell], arguments: argparse.Namespace) -> No
     """Share the cells out. One thread each: two processes do more than one with two threads, at so small batches, and
     the results do not depend on how many processes there are."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, "--workspace", str(arguments.workspace), "--cells"]
+    command = [sys.executable, __file__, "--workspace", str(arguments.workspace)]
+    command += ["--model", OPTIONS["model"], "--epochs", str(OPTIONS["max_epochs"]), "--cells"]
     workers = [
         subprocess.Popen(
-            [*command, ",".join(cell.name for cell in cells[number :: arguments.processes])], env=environment
+            [*command, ",".join(cell.name for cell in cells[number :: arguments.processes])],
+            env=environment,
+            start_new_session=True,  # Ctrl-C comes from here, once
         )
         for number in range(min(arguments.processes, len(cells)))
     ]
-    statuses = [worker.wait() for worker in workers]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        statuses = [worker.wait() for worker in workers]
+    except KeyboardInterrupt:  # they finish a step and commit
+        for worker in workers:
+            worker.terminate()
+        statuses = [worker.wait() for worker in workers]
     if any(statuses):
         raise SystemExit("a process has ended early; the same command goes on")
 
@@ -285,6 +304,7 @@ def result(workspace: Path, num_samples: int) -> dict[str, Any]:
         "locales": list(LOCALES),
         "low_resource": list(LOW),
         "rows_per_intent": ROWS_PER_INTENT,
+        "num_held_out": NUM_HELD_OUT,
         "options": OPTIONS | MERGES | {"fisher_dataset": FISHER},
         "seconds": {"sum": round(sum(spans.values()), 1), "by_cell": spans},
         **rounded(evaluate(workspace, num_samples)),
@@ -336,7 +356,8 @@ def as_markdown(found: dict[str, Any]) -> str:
         ]
         for name, way in ways.items()
     ]
-    columns = ["merge", "seeds", "all", "240 rows", "60 rows", "helped / no difference / hurt", "rejected"]
+    columns = ["merge", "seeds", "all", f"{NUM_RICH} rows", f"{NUM_LOW} rows"]
+    columns += ["helped / no difference / hurt", "rejected"]
     return "\n".join(
         [
             "# Merging while training: points of test accuracy over own training without a merge",
@@ -389,10 +410,14 @@ def main() -> None:
     parser.add_argument("--compare-only", action="store_true", help="run nothing")
     parser.add_argument("--bootstrap-samples", type=int, default=2000)
     parser.add_argument("--out", type=Path, help="folder for the two files; without it they are printed")
+    parser.add_argument("--model", default=OPTIONS["model"], help="another one, to try the study out")
+    parser.add_argument("--epochs", type=int, default=OPTIONS["max_epochs"])
     arguments = parser.parse_args()
+    OPTIONS.update(model=arguments.model, max_epochs=arguments.epochs)
     arguments.workspace = arguments.workspace.resolve()
     arguments.workspace.mkdir(parents=True, exist_ok=True)
-    make_data(arguments.workspace)
+    if not (arguments.workspace / "data").is_dir():
+        make_data(arguments.workspace)
     if arguments.cells is not None:
         run_cells(chosen(arguments.cells), arguments.workspace)
         return
