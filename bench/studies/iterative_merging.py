@@ -28,6 +28,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from iterative_tables import as_markdown
+
 from toolkit.durable import write_json, write_text
 from toolkit.errors import Interrupted, MeldkitError
 
@@ -303,6 +305,7 @@ def result(workspace: Path, num_samples: int) -> dict[str, Any]:
         "machine": platform.machine(),
         "locales": list(LOCALES),
         "low_resource": list(LOW),
+        "num_rows": [NUM_RICH, NUM_LOW],
         "rows_per_intent": ROWS_PER_INTENT,
         "num_held_out": NUM_HELD_OUT,
         "options": OPTIONS | MERGES | {"fisher_dataset": FISHER},
@@ -317,78 +320,6 @@ def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, list) else value
-
-
-def improvement(entry: dict[str, Any]) -> str:
-    """Points of accuracy over own training with the interval; bold where the interval leaves zero out."""
-    found = entry["improvement_over"].get("own_training")
-    if found is None:
-        return "-"
-    text = f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
-    return text if entry["verdict"] == "no difference" else f"**{text}** {entry['verdict']}"
-
-
-def accuracy(entry: dict[str, Any], arm: str) -> str:
-    value = entry["arms"].get(arm)
-    return "-" if value is None else f"{100 * (value if isinstance(value, float) else value['value']):.1f}"
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def as_markdown(found: dict[str, Any]) -> str:
-    ways = found["ways"]
-    if not ways:
-        return "# Merging while training\n\nNothing is finished yet.\n"
-    first = next(iter(ways.values()))
-    arms = ("base", "own_training", "best_source")
-    helped = [
-        [
-            name,
-            str(len(way["seeds"])),
-            improvement(way["all"]),
-            improvement(way["rich"]),
-            improvement(way["low_resource"]),
-            " / ".join(str(way["num_verdicts"][v]) for v in ("helped", "no difference", "hurt")),
-            f"{way['gate']['rejected']} of {sum(way['gate'].values())}" if sum(way["gate"].values()) else "-",
-        ]
-        for name, way in ways.items()
-    ]
-    columns = ["merge", "seeds", "all", f"{NUM_RICH} rows", f"{NUM_LOW} rows"]
-    columns += ["helped / no difference / hurt", "rejected"]
-    return "\n".join(
-        [
-            "# Merging while training: points of test accuracy over own training without a merge",
-            "",
-            f"`{found['command']}`, {found['seconds']['sum'] / 60:.0f} minutes of runs. Mean over locales, 95 %"
-            " interval of a paired bootstrap over rows and seeds; verdicts count locales.",
-            "",
-            *table(columns, helped),
-            "",
-            "## Without a merge, accuracy in percent",
-            "",
-            *table(
-                ["locale", *(arm.replace("_", " ") for arm in arms)],
-                [
-                    [locale, *(accuracy(entry, arm) for arm in arms)]
-                    for locale, entry in first["locales"].items()
-                ],
-            ),
-            "",
-            "## By locale",
-            "",
-            *table(
-                ["merge", *LOCALES],
-                [
-                    [name, *(improvement(way["locales"][locale]) for locale in LOCALES)]
-                    for name, way in ways.items()
-                ],
-            ),
-            "",
-        ]
-    )
 
 
 def chosen(names: str | None) -> list[Cell]:
