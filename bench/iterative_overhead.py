@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--algorithm", default="linear")
     parser.add_argument("--model", default="sample:multilingual-e5-small")
     parser.add_argument("--data", default="sample:intents:{locale}")
-    parser.add_argument("--workspace", type=Path, help="where the run is written, and deleted; 10 GB")
+    parser.add_argument("--workspace", type=Path, help="where the run is written, and deleted; 12 GB")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     options = {

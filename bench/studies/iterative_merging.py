@@ -46,7 +46,7 @@ OPTIONS: dict[str, Any] = {
     "finetuning": "lora",
     "max_rows": NUM_RICH,
     "max_rows_by_locale": dict.fromkeys(LOW, NUM_LOW),
-    "max_epochs": 8,
+    "max_epochs": 6,
     "batch_size": 8,
     "warmup_ratio": 0.1,
     "learning_rate": 3e-3,
