@@ -20,7 +20,7 @@ MANIFEST_NAME = "manifest.json"
 STAGING_PREFIX = ".staging-"
 TRASH_PREFIX = ".trash-"
 HASHING_THREADS = 4
-"""A thread hashes about 1.5 GB a second; disks are no slower than a few of them."""
+"""Files that are hashed at a time; each thread does about 1.5 GB a second."""
 
 
 def sync(path: Path) -> None:
