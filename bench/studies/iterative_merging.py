@@ -2,10 +2,10 @@
 
     python bench/studies/iterative_merging.py [--workspace runs/iterative_merging] [--out bench/results]
 
-Three locales have 128 training rows each, three have 48 (low-resource), which also means fewer steps. Every cell
-(method, scope, gate, seed) is a run of the recipe in a directory of its own; one more run a seed never merges, and is
-what all cells of that seed are compared with: the same rows, steps and seed. Run the command again to go on: finished
-cells are skipped, one that was stopped goes on from its last commit.
+Three locales have 256 training rows each. Three have 64 (low-resource), of which each comes three times an epoch: they
+lack examples, and not steps. Every cell (method, scope, gate, seed) is a run of the recipe in a directory of its own;
+one more run a seed never merges, and is what all cells of that seed are compared with: the same rows, steps and seed.
+Run the command again to go on: finished cells are skipped, one that was stopped goes on from its last commit.
 
 Written: ``iterative_merging.json`` (every arm, interval and verdict) and ``iterative_merging.md`` (tables). Accuracy is
 on test rows that neither training nor gate has seen; intervals are a paired bootstrap of rows and seeds.
@@ -40,14 +40,14 @@ SCOPES = ("target", "each")
 SEEDS = (1, 2, 3)
 ROWS_PER_INTENT = 100
 NUM_HELD_OUT = {"validation": 96, "test": 240}
-NUM_RICH, NUM_LOW = 128, 48
+NUM_RICH, NUM_LOW, TIMES_LOW = 256, 64, 3
 OPTIONS: dict[str, Any] = {
     "model": "sample:multilingual-e5-small",
     "finetuning": "lora",
     "max_rows": NUM_RICH,
-    "max_rows_by_locale": dict.fromkeys(LOW, NUM_LOW),
     "max_epochs": 6,
-    "batch_size": 8,
+    "batch_size": 16,
+    "max_duplicates": 1.0,
     "warmup_ratio": 0.1,
     "learning_rate": 3e-3,
     "checkpoint_every": "never",
@@ -100,7 +100,10 @@ def make_data(workspace: Path) -> None:
     staged = workspace / "data-staged"
     for source in sorted(made.glob("*/*.jsonl")):
         lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(staged / source.relative_to(made), "".join(lines[: NUM_HELD_OUT.get(source.stem)]))
+        lines = lines[: NUM_HELD_OUT.get(source.stem)]
+        if source.stem == "train" and source.parent.name in LOW:
+            lines = lines[:NUM_LOW] * TIMES_LOW
+        write_text(staged / source.relative_to(made), "".join(lines))
     staged.rename(workspace / "data")
 
 
@@ -306,6 +309,7 @@ def result(workspace: Path, num_samples: int) -> dict[str, Any]:
         "locales": list(LOCALES),
         "low_resource": list(LOW),
         "num_rows": [NUM_RICH, NUM_LOW],
+        "times_low": TIMES_LOW,
         "rows_per_intent": ROWS_PER_INTENT,
         "num_held_out": NUM_HELD_OUT,
         "options": OPTIONS | MERGES | {"fisher_dataset": FISHER},
