@@ -45,7 +45,7 @@ OPTIONS: dict[str, Any] = {
     "model": "sample:multilingual-e5-small",
     "finetuning": "lora",
     "max_rows": NUM_RICH,
-    "max_epochs": 6,
+    "max_epochs": 4,
     "batch_size": 16,
     "max_duplicates": 1.0,
     "warmup_ratio": 0.1,
