@@ -33,7 +33,9 @@ def options(chats, tiny_model) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    "how", [(), ("--finetuning", "full", "--learning-rate", "1e-3")], ids=["lora", "full"]
+    "how",
+    [(), pytest.param(("--finetuning", "full", "--learning-rate", "1e-3"), marks=pytest.mark.slow)],
+    ids=["lora", "full"],
 )
 def test_language_models(iterate, tmp_path, chats, tiny_model, how):
     given = options(chats, tiny_model)

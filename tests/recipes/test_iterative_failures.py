@@ -20,7 +20,11 @@ def fail(output) -> None:
 
 
 @pytest.mark.parametrize(
-    ("effect", "words"), [(nan, "NonFiniteLossError: "), (fail, "RuntimeError: the worker is gone")]
+    ("effect", "words"),
+    [
+        (nan, "NonFiniteLossError: "),
+        pytest.param(fail, "RuntimeError: the worker is gone", marks=pytest.mark.slow),
+    ],
 )
 def test_a_locale_that_fails_is_left_behind(iterate, tmp_path, poisoned_data, poison, effect, words):
     poison(effect)
@@ -56,6 +60,7 @@ def test_a_locale_that_fails_later_was_part_of_the_first_merge(iterate, tmp_path
     assert [list(r["failed"]) for r in rounds] == [[], ["fr-FR"]]
 
 
+@pytest.mark.slow
 def test_auto_recovery_takes_a_locale_back_to_its_checkpoint_once(iterate, tmp_path, poisoned_data, poison):
     intact = iterate(tmp_path / "intact", *THREE, "--data", poisoned_data)
     poison(fail, times=(2,))
@@ -125,7 +130,11 @@ def stop_at():
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("step", [3, 7, 10], ids=["in an epoch", "after a merge", "in a baseline"])
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(3, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow), 10],
+    ids=["in an epoch", "after a merge", "in a baseline"],
+)
 def test_an_interrupted_run_goes_on(iterate, iterated, tmp_path, stop_at, step):
     """Of 8 steps with merges (2 locales, 2 epochs, 2 steps), then 8 without."""
     options = ("--baselines", "--lora-dropout", 0.1)

@@ -24,7 +24,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("how", [FULL, ("--lora-merge", "factors")], ids=["full", "factors"])
 def test_two_locales_average_is_the_exact_midpoint(iterated, how):
-    apart = iterated(*how[:2] * (how == FULL), *ALONE, "--max-epochs", 1)
+    apart = iterated(*(FULL if how == FULL else ()), *ALONE, "--max-epochs", 1)
     merged = iterated(*how, *AVERAGE, "--max-epochs", 1)
     expected = midpoints(apart.tensors("en-US"), apart.tensors("fr-FR"))
     for locale in ("en-US", "fr-FR"):
@@ -50,7 +50,7 @@ def test_svd_merges_products(iterated):
         assert (found - mean).norm() <= best + 1e-5 * mean.norm()
 
 
-@pytest.mark.parametrize("how", [(), FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("how", [(), pytest.param(FULL, marks=pytest.mark.slow)], ids=["lora", "full"])
 @pytest.mark.parametrize("optimizer", ["keep", "merge"])
 def test_a_merge_of_one_is_no_merge(iterated, how, optimizer):
     one = ("--locales", "en-US", *how)
@@ -73,7 +73,7 @@ def test_a_mixture_of_oneself_is_no_merge(iterated):
     assert own.weights == apart.weights
 
 
-@pytest.mark.parametrize("how", [(), FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("how", [(), pytest.param(FULL, marks=pytest.mark.slow)], ids=["lora", "full"])
 def test_without_a_merge_it_is_the_own_training(iterated, how):
     """The baseline, trained for the comparison after all else, has the bits of the participant that never merged."""
     run = iterated(*how, *ALONE, "--baselines")

@@ -56,6 +56,7 @@ def test_gate_and_its_tolerance(iterated, contrary):
     assert tolerant.weights == plain.weights != gate.weights
 
 
+@pytest.mark.slow
 def test_max_merge_frequency(iterated, contrary):
     """Merges that no locale takes make the adaptive schedule merge less often, up to the maximum."""
     options = (
@@ -112,6 +113,7 @@ def test_max_merge_attempts(iterate, tmp_path, faltering):
     assert [(merge["status"], merge["attempts"]) for merge in run.merges] == [("failed", 2)]
 
 
+@pytest.mark.slow
 def test_auto_recovery_goes_on_without_a_failed_merge(iterate, iterated, tmp_path):
     run = iterate(tmp_path / "run", "--merge-timeout", 1e-6, "--enable-auto-recovery")
     assert run.status == 0, run.err

@@ -10,6 +10,7 @@ from toolkit.config.load import load
 from toolkit.config.recipes import IterativeConfig
 from toolkit.launch.plan import resolve_plan
 from toolkit.rounds.team import join_team
+from toolkit.training.world import close_world
 
 port, rank, num_ranks, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
 config = load(IterativeConfig, ["--locales", "en-US,fr-FR,de-DE", "--cpu"]).config
@@ -26,4 +27,5 @@ found = {
     "hidden": [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ],
 }
 team.wait()
+close_world()
 (folder / f"{rank}.json").write_text(json.dumps(found))
