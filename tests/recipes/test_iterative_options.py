@@ -286,7 +286,7 @@ def test_every_option_has_a_test():
 @pytest.mark.parametrize(
     ("option", "number"),
     [
-        pytest.param(option, number, marks=[pytest.mark.slow] * (number > 1))
+        pytest.param(option, number, marks=[pytest.mark.slow] * (number > 0))
         for option, cases in CASES.items()
         for number in range(len(cases))
     ],
