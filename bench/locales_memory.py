@@ -1,165 +1,121 @@
 """Memory of eight LoRA locales on one base against one.
 
-    python bench/locales_memory.py [--encoder FOLDER] [--language-model FOLDER] [--out FILE]
+    python bench/locales_memory.py [--encoder FOLDER] [--language-model FOLDER] [--repeats 1] [--out FILE]
 
-Each arm is a process of its own that builds its locales as the recipes do, trains them in turns, evaluates them, takes
-all their states and optimizer states, merges them and hands the result out, for two rounds of two steps. Read from
-/proc/self/status every ten milliseconds: the peak of the resident memory (VmRSS) and of its anonymous part (RssAnon:
-heaps and tensors, without files that are mapped), of the whole process and from the first step on (loading the
-tokenizer and the base has a peak of its own). Arms alternate 1 8 8 1; medians and their ratios are reported. Rows have
-random tokens and fixed lengths, so that all locales need the same.
+Each arm is a run of `meldkit train iterative-merge` with LoRA in its defaults, on made-up rows: two epochs of one step
+a locale, an evaluation and a merge after each, one optimizer and one checkpoint a locale, no baselines. Read from
+/proc/PID/status every ten milliseconds: the kernel's own peak of resident memory (VmHWM), and the largest anonymous
+part (RssAnon: heaps and tensors, without files that are mapped). Arms alternate 1 8 8 1; medians and ratios are
+reported.
 """
 
 import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-NUM_LOCALES = 8
-NUM_ROUNDS = 2
-STEPS_A_ROUND = 2
-SAMPLE_SECONDS = 0.01
 LOCALES = ("de-DE", "en-US", "es-ES", "fi-FI", "fr-FR", "hu-HU", "ja-JP", "sw-KE")
-SHAPES = {"sequence-classification": (16, 24), "causal-lm": (2, 64)}
-"""Rows of a batch and tokens of a row."""
-NUM_CLASSES = 60
+NUM_STEPS_AN_EPOCH = 1
+SAMPLE_SECONDS = 0.01
+MEASURES = ("VmHWM", "RssAnon")
 
 
-class Peaks(threading.Thread):
-    """Samples this process's resident memory."""
+@dataclass(frozen=True)
+class Shape:
+    """Rows of a batch, tokens and words of a row, classes (0: a language model)."""
 
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.mebibytes = {"VmRSS": 0.0, "RssAnon": 0.0}
-
-    def run(self) -> None:
-        while True:
-            self.sample()
-            time.sleep(SAMPLE_SECONDS)
-
-    def take(self) -> dict[str, float]:
-        """The peaks since the last call, in MiB."""
-        self.sample()
-        taken, self.mebibytes = self.mebibytes, dict.fromkeys(self.mebibytes, 0.0)
-        return taken
-
-    def sample(self) -> None:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in self.mebibytes:
-                self.mebibytes[name] = max(self.mebibytes[name], int(value.split()[0]) / 1024)
+    batch_size: int
+    max_length: int
+    num_words: int
+    num_classes: int
 
 
-def rows(task: str, number: int, seed: int) -> Any:
-    import datasets
-    import torch
-
-    num_tokens = SHAPES[task][1]
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, 1000, (number, num_tokens), generator=generator).tolist()
-    classes = torch.randint(0, NUM_CLASSES, (number,), generator=generator).tolist()
-    labels = ids if task == "causal-lm" else classes
-    return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels, "length": [num_tokens] * number})
+SHAPES = {"sequence-classification": Shape(16, 32, 9, 60), "causal-lm": Shape(4, 256, 120, 0)}
 
 
-def factory_of(model: str, task: str, folder: Path) -> Any:
-    from accelerate import PartialState
-
-    from toolkit.config.recipes import CentralizedConfig
-    from toolkit.data.tokenizer import load_tokenizer
-    from toolkit.launch.plan import resolve_plan
-    from toolkit.rounds.participants import TrainerFactory
-    from toolkit.training.world import prepare_world
-
-    config = CentralizedConfig.model_validate(
-        {
-            "model": model,
-            "data": "rows",
-            "output_dir": folder,
-            "task": task,
-            "cpu": True,
-            "max_length": SHAPES[task][1],
-            "batch_size": SHAPES[task][0],
-            "eval_batch_size": SHAPES[task][0],
-            "gradient_accumulation_steps": 1,
-            "max_epochs": NUM_ROUNDS,
-        }
-    )
-    plan = resolve_plan(config)
-    prepare_world(plan)
-    labels = [f"class {n}" for n in range(NUM_CLASSES)] if task == "sequence-classification" else None
-    return TrainerFactory(config, plan, load_tokenizer(config), labels, PartialState())
+def write_rows(folder: Path, shape: Shape, locale: str) -> None:
+    """train.jsonl and validation.jsonl of one locale, no row twice."""
+    words = [f"{verb}{noun}" for verb in ("play", "call", "stop", "wake") for noun in ("", "er", "ing", "s")]
+    generator = random.Random(locale)
+    folder.mkdir(parents=True)
+    for split, number in (
+        ("train", NUM_STEPS_AN_EPOCH * shape.batch_size),
+        ("validation", shape.batch_size // 2),
+    ):
+        rows = []
+        for index in range(number):
+            text = f"{locale} {split} {index} " + " ".join(generator.choices(words, k=shape.num_words))
+            label = {"label": f"class {index % shape.num_classes}"} if shape.num_classes else {}
+            rows.append(json.dumps({"text": text, **label}) + "\n")
+        (folder / f"{split}.jsonl").write_text("".join(rows))
 
 
-def train(model: str, task: str, num_locales: int) -> dict[str, Any]:
-    peaks = Peaks()
-    peaks.start()
+def run(model: str, task: str, num_locales: int) -> dict[str, float]:
+    """Peaks in MiB of a run."""
+    shape, locales = SHAPES[task], LOCALES[:num_locales]
     with tempfile.TemporaryDirectory() as folder:
-        factory = factory_of(model, task, Path(folder))
-        trainers = []
-        for number, name in enumerate(LOCALES[:num_locales]):
-            prepared: Any = SimpleNamespace(
-                train=rows(task, STEPS_A_ROUND * SHAPES[task][0], number),
-                evaluation=rows(task, SHAPES[task][0], 100),
-            )
-            trainers.append(
-                factory.build(
-                    name,
-                    prepared,
-                    Path(folder) / name,
-                    on_step=lambda step: None,
-                    stop_requested=lambda: False,
-                )
-            )
-        phases = {"building": peaks.take()}
-        for trainer in trainers:
-            trainer.start()
-        for number in range(1, NUM_ROUNDS + 1):
-            one_round(trainers, number)
-        phases["training"] = peaks.take()
-    phases["whole"] = {kind: max(phase[kind] for phase in phases.values()) for kind in peaks.mebibytes}
-    return phases | {"num_trained_parameters": trainers[0].num_parameters[0]}
+        for locale in locales:
+            write_rows(Path(folder) / "data" / locale, shape, locale)
+        options = {
+            "model": model,
+            "task": task,
+            "locales": ",".join(locales),
+            "data": f"{folder}/data/{{locale}}",
+            "output-dir": f"{folder}/run",
+            "data-cache": f"{folder}/cache",
+            "finetuning": "lora",
+            "weight-calculation": "average",
+            "max-epochs": 2,
+            "merge-frequency": 1,
+            "batch-size": shape.batch_size,
+            "eval-batch-size": shape.batch_size,
+            "max-length": shape.max_length,
+        }
+        words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        command = [sys.executable, "-m", "toolkit", "train", "iterative-merge", *words, "--cpu"]
+        with open(f"{folder}/output.txt", "w+b") as output:
+            process = subprocess.Popen([*command, "--no-baselines"], stdout=output, stderr=subprocess.STDOUT)
+            peaks = watch(process)
+            if process.returncode != 0:
+                output.seek(0)
+                raise SystemExit(output.read().decode(errors="replace")[-3000:])
+    return peaks
 
 
-def one_round(trainers: list[Any], number: int) -> None:
-    from toolkit.merging.memory import merge_state_dicts
-
-    for trainer in trainers:
-        trainer.fit(number * STEPS_A_ROUND)
-        trainer.evaluate()
-        trainer.save()
-    states = [trainer.state() for trainer in trainers]
-    merged = merge_state_dicts(states, "linear", weight=[1 / len(states)] * len(states))
-    slots = [trainer.optimizer_state() for trainer in trainers]
-    for trainer, own in zip(trainers, slots, strict=True):
-        trainer.load_state(merged)
-        trainer.load_optimizer_state(own)
-        trainer.evaluate()
+def watch(process: subprocess.Popen[bytes]) -> dict[str, float]:
+    peaks: dict[str, float] = dict.fromkeys(MEASURES, 0.0)
+    while process.poll() is None:
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in peaks:
+                peaks[name] = max(peaks[name], int(value.split()[0]) / 1024)
+        time.sleep(SAMPLE_SECONDS)
+    return peaks
 
 
 def measure(model: str, task: str, repeats: int) -> dict[str, Any]:
-    runs: dict[int, list[dict[str, Any]]] = {1: [], NUM_LOCALES: []}
+    runs: dict[int, list[dict[str, float]]] = {1: [], len(LOCALES): []}
     for repeat in range(repeats):
-        for num_locales in (1, NUM_LOCALES) if repeat % 2 == 0 else (NUM_LOCALES, 1):
-            command = [sys.executable, __file__, "--one", model, task, str(num_locales)]
-            result = subprocess.run(command, check=True, capture_output=True, text=True)
-            runs[num_locales].append(json.loads(result.stdout.splitlines()[-1]))
+        for num_locales in sorted(runs, reverse=bool(repeat % 2)):
+            runs[num_locales].append(run(model, task, num_locales))
             print(task, num_locales, runs[num_locales][-1], flush=True)
-    report: dict[str, Any] = {"num_trained_parameters_a_locale": runs[1][0]["num_trained_parameters"]}
-    for phase in ("whole", "training"):
-        for kind in ("VmRSS", "RssAnon"):
-            medians = {n: statistics.median(run[phase][kind] for run in found) for n, found in runs.items()}
-            row: dict[str, float] = {f"{n}_locales_mebibytes": round(v, 1) for n, v in medians.items()}
-            report[f"{phase}, {kind}"] = row | {"ratio": round(medians[NUM_LOCALES] / medians[1], 3)}
+    report: dict[str, Any] = {"task": task, **asdict(SHAPES[task])}
+    for kind in MEASURES:
+        one, all_of_them = (statistics.median(peaks[kind] for peaks in found) for found in runs.values())
+        report[kind] = {
+            "1_locale_mebibytes": round(one, 1),
+            f"{len(LOCALES)}_locales_mebibytes": round(all_of_them, 1),
+            "ratio": round(all_of_them / one, 3),
+        }
     return report
 
 
@@ -169,14 +125,9 @@ def main() -> None:
     )
     parser.add_argument("--encoder", help="folder of multilingual-e5-small")
     parser.add_argument("--language-model", help="folder of smollm2-135m-instruct")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--one", nargs=3, metavar=("MODEL", "TASK", "LOCALES"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        model, task, num_locales = arguments.one
-        print(json.dumps(train(model, task, int(num_locales))))
-        return
     report: dict[str, Any] = {
         "command": "python bench/locales_memory.py --encoder FOLDER --language-model FOLDER",
         "machine": platform.machine(),
