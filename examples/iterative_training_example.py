@@ -57,7 +57,9 @@ def train(model: str | None, data: str | None, output_dir: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="a model folder in place of the sample")
     parser.add_argument("--data", help="a data folder in place of the sample")
     parser.add_argument("--output-dir", type=Path, default=Path("iterative_example"))

@@ -2,7 +2,8 @@
 
     python kill_server.py TASKS.json
 
-TASKS.json: {"recipe": "centralized-hf", "argv": [...], "output_dir": "...", "kills": [{"event": N} | {"seconds": S}, ...], "out": "..."}
+TASKS.json: {"recipe": "centralized-hf", "argv": [...], "output_dir": "...",
+"kills": [{"event": N} | {"seconds": S}, ...], "out": "..."}
 
 For each kill: a forked child runs the recipe and is killed with SIGKILL, at its N-th file operation in the run
 directory or after S seconds; further children resume it until it is done (each may be killed again: "again": M). The
@@ -94,7 +95,11 @@ def outcome(output_dir: Path) -> dict:
 def main() -> None:
     tasks = json.loads(Path(sys.argv[1]).read_text())
     recipe = tasks.get("recipe", "centralized-hf")
-    for module in ("toolkit.rounds.centralized", "toolkit.rounds.iterative", "toolkit.training.hf"):  # paid once
+    for module in (
+        "toolkit.rounds.centralized",
+        "toolkit.rounds.iterative",
+        "toolkit.training.hf",
+    ):  # paid once
         importlib.import_module(module)
 
     argv, output_dir = tasks["argv"], Path(tasks["output_dir"])
@@ -108,7 +113,9 @@ def main() -> None:
             while statuses[-1] != 0 and len(statuses) < 6:
                 resume = ["--resume"] if (output_dir / "journal.jsonl").exists() else []
                 statuses.append(
-                    run_child(recipe, [*argv, *resume], str(output_dir), log, {"event": again} if again else {})
+                    run_child(
+                        recipe, [*argv, *resume], str(output_dir), log, {"event": again} if again else {}
+                    )
                 )
                 again = None
             text = log.read_text()

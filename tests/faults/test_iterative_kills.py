@@ -20,7 +20,16 @@ def run_kills(tmp_path_factory, tiny_encoder, intent_data):
     def run(kills: list[dict], *options: str) -> list[dict]:
         folder = tmp_path_factory.mktemp("kills")
         argv = ["--model", tiny_encoder, "--data", intent_data, "--locales", "en-US,fr-FR"]
-        argv += ["--max-epochs", "2", "--merge-frequency", "1", "--batch-size", "8", "--learning-rate", "1e-2"]
+        argv += [
+            "--max-epochs",
+            "2",
+            "--merge-frequency",
+            "1",
+            "--batch-size",
+            "8",
+            "--learning-rate",
+            "1e-2",
+        ]
         argv += ["--output-dir", folder / "run", "--cpu", *options]
         argv += [] if "full" in options else ["--lora-dropout", "0.1", "--lora-r", "4"]
         tasks = {"recipe": "iterative-merge", "argv": list(map(str, argv)), "kills": kills}
@@ -60,7 +69,8 @@ def test_random_instants(run_kills):
     generator = random.Random(20261123)
     kills = [{"event": generator.randint(1, counted)} for _ in range(6)]
     kills += [
-        {"event": generator.randint(1, counted), "again": generator.randint(1, counted // 3)} for _ in range(2)
+        {"event": generator.randint(1, counted), "again": generator.randint(1, counted // 3)}
+        for _ in range(2)
     ]
     results = run_kills(kills, *options)
     check_equal(results)

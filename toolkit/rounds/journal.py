@@ -73,7 +73,9 @@ class Journal:
         The lines stay in the file, before a line that says so; :meth:`records` leaves them out.
         """
         if any(r["number"] > number and r["event"] not in FACTS_OF_THE_DISK for r in self._records):
-            self.append("rewound", to=number)  # also where it is only remembered: what follows gets new numbers
+            self.append(
+                "rewound", to=number
+            )  # also where it is only remembered: what follows gets new numbers
             self._records = [
                 r for r in self._records if r["number"] <= number or r["event"] in FACTS_OF_THE_DISK
             ]
