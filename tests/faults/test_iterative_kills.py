@@ -65,7 +65,8 @@ def count_events(run_kills, *options: str) -> int:
 def test_random_instants(run_kills):
     """Eight file operations of the run directory, at random over the whole run; two are killed a second time."""
     options = ("--checkpoint-before-merge", "--merge-gate", "--optimizer-on-merge", "merge")
-    counted = count_events(run_kills, *options)
+    # How often files are written depends a little on the time: the last operations of one run may not come in another.
+    counted = count_events(run_kills, *options) * 9 // 10
     generator = random.Random(20261123)
     kills = [{"event": generator.randint(1, counted)} for _ in range(6)]
     kills += [

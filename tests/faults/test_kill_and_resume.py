@@ -74,7 +74,8 @@ def count_events(run_kills) -> int:
 
 def test_ten_random_instants(run_kills):
     """Ten file operations of the run directory, chosen at random over the whole run; three are killed a second time."""
-    counted = count_events(run_kills)
+    # How often files are written depends a little on the time: the last operations of one run may not come in another.
+    counted = count_events(run_kills) * 9 // 10
     generator = random.Random(20261122)
     kills = [{"event": generator.randint(1, counted)} for _ in range(7)]
     kills += [

@@ -34,6 +34,8 @@ def write_final_model(
     """
     final, staged = run_dir / "final_model", run_dir / f"{STAGING_PREFIX}final_model"
     if processes.is_main_process:
+        if staged.exists():  # of a process that was killed
+            discard_folder(staged)
         staged.mkdir(parents=True)
     processes.wait_for_everyone()
     trainer.save_model(staged)
