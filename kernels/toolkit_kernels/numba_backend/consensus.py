@@ -250,6 +250,12 @@ def _combine(values, weights, num_models, n, is_elected, negligible, is_normaliz
 
 
 @inlined
+def _clear(strip):
+    for i in range(STRIP):
+        store_float64(strip, i, 0.0)
+
+
+@inlined
 def _divide(mean, constant, n):
     if constant != 1.0:
         for i in range(n):
@@ -288,8 +294,7 @@ def _consensus(as_lane, element, make_strip):
         weight_sum = _sum_of_weights(weights, num_models)
         constant = _nonzero(weight_sum, negligible) if is_normalized != 0 and is_elected == 0 else 1.0
         num_bad = 0
-        for i in range(STRIP):
-            store_float64(total, i, 0.0)
+        _clear(total)
         for strip in range(0, size, STRIP):
             n = min(STRIP, size - strip)
             base = as_lane(base_code, pointer(base_address, strip * item_size(base_code)), n, base_buffer)
