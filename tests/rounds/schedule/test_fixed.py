@@ -202,7 +202,7 @@ def test_a_schedule_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_schedule_that_nobody_registered() -> None:
     with pytest.raises(InputError, match="unknown schedule 'fixd'; did you mean 'fixed'"):
-        build_schedule(config(schedule="fixd"))
+        build_schedule(config().model_copy(update={"schedule": "fixd"}))
 
 
 def test_the_state_is_json_and_decides_the_same() -> None:
