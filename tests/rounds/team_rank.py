@@ -4,7 +4,10 @@ import dataclasses
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
+
+import torch.distributed as dist
 
 from toolkit.config.load import load
 from toolkit.config.recipes import IterativeConfig
@@ -27,5 +30,8 @@ found = {
     "hidden": [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ],
 }
 team.wait()
+group = weakref.ref(dist.group.WORLD)
 close_world()
+# Whoever holds the group until the process ends lets gloo abort it, now and then.
+found["holds_group"] = group() is not None
 (folder / f"{rank}.json").write_text(json.dumps(found))

@@ -37,7 +37,7 @@ def test_every_item_has_one_rank_and_all_have_nearly_as_many(num_items, num_rank
 def test_one_process_is_a_team_by_itself(plan):
     team, own_plan = join_team(plan)
     assert own_plan is plan
-    assert (team.is_main, team.group) == (True, None)
+    assert (team.is_main, team.num_ranks) == (True, 1)
     assert team.gather({"a": 1}) == [{"a": 1}]
 
 
@@ -69,3 +69,4 @@ def test_two_ranks_meet_and_hide_the_launchers_world(tmp_path):
     assert [entry["gathered"] for entry in found] == [said, said]
     assert [entry["num_processes"] for entry in found] == [1, 1]
     assert [entry["hidden"] for entry in found] == [[], []]
+    assert [entry["holds_group"] for entry in found] == [False, False]

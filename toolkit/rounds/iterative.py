@@ -156,7 +156,7 @@ class IterativeRun(Run):
             self.participants.append(self._participant(locale))
         first = self.participants[0].trainer
         adapter_config = lora_config(first.model, self.config) if self.config.finetuning == "lora" else None
-        spread: dict[str, Any] = {"participants": self.config.locales, "group": self.team.group}
+        spread: dict[str, Any] = {"participants": self.config.locales, "is_spread": self.team.num_ranks > 1}
         coordinator = MergeCoordinator(
             self.config, base=first.state(), adapter_config=adapter_config, seed=self.config.seed, **spread
         )

@@ -179,9 +179,7 @@ class RoundLoop:
         return self._gathered({p.name: p.standing.as_dict() for p in self.participants})
 
     def _gathered(self, own: dict[str, Any]) -> dict[str, Any]:
-        """What every rank says of its own participants, in the run's order."""
-        found = {name: value for values in self.team.gather(own) for name, value in values.items()}
-        return {name: found[name] for name in self.names if name in found}
+        return self.team.collect(own, self.names)
 
     def _leave_or_commit(self) -> None:
         stopping = any(self.team.gather(self.run.stop()))
@@ -230,12 +228,10 @@ class RoundLoop:
             self.run.journal.append(COMMIT, **content)
         for participant in self.participants:
             if participant.standing.status != "failed":
-                step, path = (
-                    participant.trainer.step,
-                    participant.store.folder / own[participant.name]["checkpoint"],
-                )
+                entry = own[participant.name]
+                path = str(participant.store.folder / entry["checkpoint"])
                 self.run.listener.handle(
-                    CheckpointRecord(participant=participant.name, step=step, path=str(path))
+                    CheckpointRecord(participant=participant.name, step=entry["step"], path=path)
                 )
         self.run.exchange()
 

@@ -3,7 +3,6 @@
 Every rank calls it with its own participants. All of them compute the same weights; states meet in the coordinator.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,15 +16,19 @@ from toolkit.reporting.history import plain
 from toolkit.reporting.records import MergeRecord
 from toolkit.rounds.loop import score_of
 from toolkit.rounds.merge_fishers import Fishers
-from toolkit.rounds.merging import Contribution, MergeCoordinator, MergeOutcome
+from toolkit.rounds.merging import (
+    Contribution,
+    MergeCoordinator,
+    MergeOutcome,
+    slots_of_state,
+    state_of_slots,
+)
 from toolkit.rounds.participants import Participant
 from toolkit.rounds.run import Run
 from toolkit.rounds.schedule import MergeDecision
 from toolkit.rounds.weighting import combined, notes_on, weightings
 from toolkit.rounds.weighting.registry import WeightingInputs
 from toolkit.training.contract import ParticipantTrainer
-
-logger = logging.getLogger(__name__)
 
 Weights = dict[str, float]
 Writer = Callable[[ParticipantTrainer, MergeOutcome, Sequence[str], int], Path]
@@ -290,29 +293,25 @@ class MergeStep:
         self, epoch: int, mine: Sequence[Participant], handed: Sequence[_Handed], taken: Sequence[_Handed]
     ) -> None:
         """Optimizers' moments become their mean, by the weights with which the states were merged."""
-        slots = {p.name: p.trainer.optimizer_state() for p in mine}
-        flat = {
-            name: {
-                f"{slot}/{tensor}": value
-                for slot, of_slot in own.items()
-                for tensor, value in of_slot.items()
-            }
-            for name, own in slots.items()
-        }
-        contributions = [
-            Contribution(participant=name, state=state, weight=1 / len(self.names))
-            for name, state in flat.items()
-        ]
         weights = self._union({h.participant.name: h.outcome.weights for h in handed})
-        by_name = {entry.participant.name: entry.participant for entry in taken}
+        contributions = [
+            Contribution(
+                participant=p.name,
+                state=state_of_slots(p.trainer.optimizer_state()),
+                weight=next(iter(weights.values()))[p.name],
+            )
+            for p in mine
+        ]
         label = f"epoch {epoch}, optimizer"
+        takers = {entry.participant.name: entry.participant.trainer for entry in taken}
+        if self.config.merge_scope == "target":
+            merged = slots_of_state(self.moments.merge(contributions, label=label).state)
+            for trainer in takers.values():
+                trainer.load_optimizer_state(merged)
+            return
         for name, outcome in self.moments.merge_each(contributions, weights, label=label):
-            if name in by_name:
-                merged: dict[str, dict[str, Any]] = {}
-                for key, value in outcome.state.items():
-                    slot, _, tensor = key.partition("/")
-                    merged.setdefault(slot, {})[tensor] = value
-                by_name[name].trainer.load_optimizer_state(merged)
+            if name in takers:
+                takers[name].load_optimizer_state(slots_of_state(outcome.state))
 
     # Records
 
@@ -358,9 +357,7 @@ class MergeStep:
         self.run.listener.handle(record)
 
     def _union(self, own: dict[str, Any]) -> dict[str, Any]:
-        """What every rank says of its own participants, in the run's order."""
-        found = {name: value for values in self.team.gather(own) for name, value in values.items()}
-        return {name: found[name] for name in self.names if name in found}
+        return self.team.collect(own, self.names)
 
     def _in_order(self, own: Sequence[str]) -> list[str]:
         return list(self._union(dict.fromkeys(own)))

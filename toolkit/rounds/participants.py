@@ -2,7 +2,7 @@
 
 import gc
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -124,7 +124,6 @@ class TrainerFactory:
         *,
         on_step: Callable[[StepStatistics], None],
         stop_requested: Callable[[], bool],
-        options: Mapping[str, Any] | None = None,
         adapter: str | None = None,
         seed_name: str | None = None,
     ) -> ParticipantTrainer:
@@ -133,11 +132,10 @@ class TrainerFactory:
         Args:
             name: of the participant.
             staging: folder for checkpoints that are not committed yet.
-            options: of this participant alone, in place of the run's.
             adapter: name of its adapter on the shared base; None for the participant's name.
             seed_name: the name that decides its seed; None for the participant's name.
         """
-        config = self.config.model_copy(update=dict(options or {}))
+        config = self.config
         adapter = (adapter or name) if self._is_lora else None
         setup = TrainerSetup(
             name=name,

@@ -8,7 +8,7 @@ not see the launcher's world (they would train one model together): :func:`join_
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from toolkit.errors import LaunchError
@@ -32,14 +32,13 @@ class Team:
     """The ranks of a run, or the one process that it has.
 
     Attributes:
-        rank, num_ranks: of this process, and of all.
-        group: torch.distributed's group of all ranks; None for one process.
+        rank, num_ranks: of this process, and of all: torch.distributed's default group. Nothing of ours keeps that
+            group: gloo's threads abort a process that ends while somebody holds it.
     """
 
-    def __init__(self, rank: int = 0, num_ranks: int = 1, group: Any = None) -> None:
+    def __init__(self, rank: int = 0, num_ranks: int = 1) -> None:
         self.rank = rank
         self.num_ranks = num_ranks
-        self.group = group
 
     @property
     def is_main(self) -> bool:
@@ -51,14 +50,24 @@ class Team:
 
     def gather(self, value: Any) -> list[Any]:
         """The JSON value of every rank, by rank. On all ranks, which wait for each other."""
-        if self.group is None:
+        if self.num_ranks == 1:
             return [value]
         import torch.distributed as dist
 
         gathered: list[Any] = [None] * self.num_ranks
         # As text: an object would be pickled.
-        dist.all_gather_object(gathered, json.dumps(value), group=self.group)
+        dist.all_gather_object(gathered, json.dumps(value))
         return [json.loads(text) for text in gathered]
+
+    def collect(self, own: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
+        """What every rank says of its own participants, by participant. On all ranks.
+
+        Args:
+            own: JSON values of this rank's.
+            order: of the participants of all ranks; those of whom nobody says anything are left out.
+        """
+        found = {name: value for values in self.gather(dict(own)) for name, value in values.items()}
+        return {name: found[name] for name in order if name in found}
 
     def wait(self) -> None:
         """Until every rank is here."""
@@ -90,9 +99,8 @@ def join_team(plan: LaunchPlan) -> tuple[Team, LaunchPlan]:
     from toolkit.training.world import LONGEST_WAIT
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    uses_agent = (
-        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    )  # torchrun listens on the port itself
+    # torchrun's agent listens on the port itself.
+    uses_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         address, port, plan.num_processes, is_master=rank == 0 and not uses_agent, timeout=LONGEST_WAIT
     )
@@ -103,4 +111,4 @@ def join_team(plan: LaunchPlan) -> tuple[Team, LaunchPlan]:
         world_size=plan.num_processes,
         timeout=LONGEST_WAIT,
     )
-    return Team(rank, plan.num_processes, dist.group.WORLD), alone
+    return Team(rank, plan.num_processes), alone

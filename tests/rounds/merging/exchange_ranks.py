@@ -22,9 +22,7 @@ def mine(rank: int, num_ranks: int) -> list[int]:
 
 
 def coordinator(case: Case, **more: object) -> MergeCoordinator:
-    return MergeCoordinator(
-        options(**case.options), **case.coordinator_options(), group=dist.group.WORLD, **more
-    )
+    return MergeCoordinator(options(**case.options), **case.coordinator_options(), is_spread=True, **more)
 
 
 def write(folder: Path, name: str, outcome: MergeOutcome) -> None:
@@ -67,7 +65,7 @@ def memory(folder: Path) -> None:
             merging = MergeCoordinator(
                 options(**algorithm(method)),
                 participants=names,
-                group=dist.group.WORLD,
+                is_spread=True,
                 exchange_bytes=size * 3 * 2**10,
             )
             state = {"embeddings": torch.full((3000, size), rank + 1.0), "head": torch.ones(9)}
@@ -140,7 +138,7 @@ def silence(folder: Path) -> None:
     case = CASES["linear"]
     started = time.monotonic()
     try:
-        MergeCoordinator(options(merge_timeout=2.0), participants=PARTICIPANTS, group=dist.group.WORLD).merge(
+        MergeCoordinator(options(merge_timeout=2.0), participants=PARTICIPANTS, is_spread=True).merge(
             [case.contribution(0)], label="silence"
         )
         said = "nothing"

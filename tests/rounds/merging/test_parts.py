@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from toolkit.errors import InputError, MergeError, ModelError
+from toolkit.errors import MergeError
 from toolkit.rounds.merging.buckets import Buffers, Kind, Layout, Stretch, cut, part_of
 from toolkit.rounds.merging.integrity import check_envelope, check_result, sha256_of
-from toolkit.rounds.merging.optimizer import merge_optimizer_states
+from toolkit.rounds.merging.optimizer import slots_of_state, state_of_slots
 from toolkit.rounds.merging.tied import tied_names
 
 # --- hashes and checks
@@ -160,17 +160,10 @@ def slots(value, names=("w", "b")):
     }
 
 
-def test_moments_become_their_weighted_mean():
-    merged = merge_optimizer_states([slots(1.0), slots(3.0), slots(100.0)], [0.75, 0.25, 0.0])
-    assert merged["exp_avg"]["w"].tolist() == [1.5] * 3
-    assert merged["exp_avg_sq"]["b"].tolist() == [3.0] * 3
-    assert list(merged) == ["exp_avg", "exp_avg_sq"]
-
-
-def test_moments_that_do_not_fit():
-    with pytest.raises(InputError, match="weights above 0"):
-        merge_optimizer_states([slots(1.0)], [0.0])
-    with pytest.raises(ModelError, match="momentum_buffer is not everywhere"):
-        merge_optimizer_states([slots(1.0), {**slots(1.0), "momentum_buffer": {}}], [0.5, 0.5])
-    with pytest.raises(ModelError, match="lacks b"):
-        merge_optimizer_states([slots(1.0), slots(1.0, names=("w",))], [0.5, 0.5])
+def test_slots_travel_as_one_state():
+    state = state_of_slots(slots(3.0, names=("a/b", "w")))
+    assert list(state) == ["exp_avg/a/b", "exp_avg/w", "exp_avg_sq/a/b", "exp_avg_sq/w"]
+    again = slots_of_state(state)
+    assert list(again) == ["exp_avg", "exp_avg_sq"]
+    assert again["exp_avg_sq"]["a/b"].tolist() == [9.0] * 3
+    assert slots_of_state(state_of_slots({})) == {}

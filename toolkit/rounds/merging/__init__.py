@@ -4,13 +4,14 @@ from toolkit.rounds.merging.contribution import Contribution, MergeOutcome
 from toolkit.rounds.merging.coordinator import MergeCoordinator
 from toolkit.rounds.merging.fisher import participant_fisher
 from toolkit.rounds.merging.merged_models import MergedModels
-from toolkit.rounds.merging.optimizer import merge_optimizer_states
+from toolkit.rounds.merging.optimizer import slots_of_state, state_of_slots
 
 __all__ = [
     "Contribution",
     "MergeCoordinator",
     "MergeOutcome",
     "MergedModels",
-    "merge_optimizer_states",
     "participant_fisher",
+    "slots_of_state",
+    "state_of_slots",
 ]

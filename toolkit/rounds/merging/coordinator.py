@@ -51,7 +51,8 @@ class MergeCoordinator:
         adapter_config: PEFT's LoraConfig where states are adapters.
         seed: of random masks; every merge gets other ones, by its label.
         participants: all of the run, in their fixed order; needed where they are spread over ranks.
-        group: torch.distributed's, where they are: every rank calls the methods with its own participants.
+        is_spread: they are, over the ranks of torch.distributed's default group: every rank calls the methods with
+            its own participants.
         exchange_bytes: that parts of all participants' states may take together on a rank while they are merged.
 
     Raises:
@@ -66,7 +67,7 @@ class MergeCoordinator:
         adapter_config: Any = None,
         seed: int = 0,
         participants: Sequence[str] = (),
-        group: Any = None,
+        is_spread: bool = False,
         exchange_bytes: int = NUM_BYTES,
     ) -> None:
         self.combination = Combination(
@@ -76,10 +77,10 @@ class MergeCoordinator:
         )
         if self.combination.needs_base and base is None:
             raise InputError(f"{config.merge_algorithm} needs the state that the participants started from")
-        if group is not None and not participants:
+        if is_spread and not participants:
             raise InputError("participants that are spread over ranks need an order")
         self._base = base if self.combination.uses_base else None
-        self._seed, self._participants, self._group = seed, tuple(participants), group
+        self._seed, self._participants, self._is_spread = seed, tuple(participants), is_spread
         self._exchange_bytes = exchange_bytes
         self._notes_on_kind = [DORA] if getattr(adapter_config, "use_dora", False) else []
         self._timeout_seconds = float(config.merge_timeout)
@@ -90,7 +91,7 @@ class MergeCoordinator:
         """Merge all contributions of a weight above 0 into one state.
 
         Args:
-            contributions: in the run's order of participants; with a group, those of this rank, maybe none.
+            contributions: in the run's order of participants; spread, those of this rank, maybe none.
             label: of this merge in the run ("round 3"): for messages, and for random masks. Never the same twice.
 
         Returns:
@@ -118,14 +119,14 @@ class MergeCoordinator:
             label: of this merge in the run.
 
         Yields:
-            Target and outcome; with a group, of this rank's participants.
+            Target and outcome; spread, of this rank's participants.
 
         Raises:
             As :meth:`merge`.
         """
         wanted = {f"{label}, {target}": (shares, target) for target, shares in weights.items()}
         targets = {f"{label}, {target}": target for target in weights}
-        if self._group is not None:
+        if self._is_spread:
             for name, outcome in self._outcomes(contributions, wanted, label)[1].items():
                 yield targets[name], outcome
             return
@@ -163,7 +164,7 @@ class MergeCoordinator:
                 what=f"merge {label}",
                 max_attempts=self._max_attempts,
                 timeout_seconds=self._timeout_seconds,
-                is_spread=self._group is not None,
+                is_spread=self._is_spread,
             )
         except MeldkitError as error:
             if not error.message.startswith(f"merge {label}: "):
@@ -220,9 +221,9 @@ class MergeCoordinator:
 
     def _how(self, deadline: Deadline) -> Here | Exchange:
         options: dict[str, Any] = {"base": self._base, "seed": self._seed, "validate": self._validate}
-        if self._group is None:
+        if not self._is_spread:
             return Here(self.combination, deadline, **options)
-        wire = Wire(self._group, deadline)
+        wire = Wire(deadline)
         options |= {"order": self._participants, "num_bytes": self._exchange_bytes}
         return Exchange(self.combination, wire, deadline, **options)
 

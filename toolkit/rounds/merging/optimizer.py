@@ -1,43 +1,27 @@
-"""The optimizer's side of a merge: moments of several participants become one (``--optimizer-on-merge merge``)."""
+"""The optimizer's side of a merge (``--optimizer-on-merge merge``): moments as one state that merges like any other.
 
-from collections.abc import Mapping, Sequence
+Moments are merged by a weighted mean, with the weights of the states. A mean of second moments is the second moment of
+a gradient drawn from one of the participants with the probabilities w_k, so it stays what Adam divides by. Step counts
+are not merged: every participant keeps its own.
+"""
 
-import torch
+from collections.abc import Mapping
 
-from toolkit.errors import InputError, ModelError
-from toolkit.merging.memory import merge_state_dicts
+from torch import Tensor
 
-Slots = Mapping[str, Mapping[str, torch.Tensor]]
+Slots = Mapping[str, Mapping[str, Tensor]]
 """Slot (``exp_avg``, ``exp_avg_sq``, ``momentum_buffer``, ...) -> tensors by the names of the state."""
 
 
-def merge_optimizer_states(
-    slots: Sequence[Slots], weights: Sequence[float]
-) -> dict[str, dict[str, torch.Tensor]]:
-    """The weighted mean of every slot: sum_k w_k m_k / sum_k w_k, formed in float64 and rounded once.
+def state_of_slots(slots: Slots) -> dict[str, Tensor]:
+    """Slots, as ``ParticipantTrainer.optimizer_state()`` gives them, as one state: names ``SLOT/NAME``."""
+    return {f"{slot}/{name}": tensor for slot, tensors in slots.items() for name, tensor in tensors.items()}
 
-    A mean of second moments is the second moment of a gradient drawn from one of the participants with the
-    probabilities w_k, so it stays what Adam divides by. Step counts are not merged: every participant keeps its own.
 
-    Args:
-        slots: of K participants, as ``ParticipantTrainer.optimizer_state()`` gives them.
-        weights: w_k, 0 or more; participants of weight 0 are left out.
-
-    Raises:
-        InputError: no weight above 0.
-        ModelError: participants have other slots or tensors than the first.
-    """
-    used = [(entry, weight) for entry, weight in zip(slots, weights, strict=True) if weight > 0]
-    if not used:
-        raise InputError("optimizer states are merged by weights above 0, and there are none")
-    first = used[0][0]
-    for entry, _ in used:
-        if different := first.keys() ^ entry.keys():
-            raise ModelError(
-                f"participants have different optimizer states: {min(different)} is not everywhere",
-                hint="an optimizer has its state from its first step on",
-            )
-    kept = [weight for _, weight in used]
-    return {
-        slot: merge_state_dicts([entry[slot] for entry, _ in used], "linear", weight=kept) for slot in first
-    }
+def slots_of_state(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The slots that :func:`state_of_slots` made a state of."""
+    slots: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        slot, _, name = key.partition("/")
+        slots.setdefault(slot, {})[name] = tensor
+    return slots

@@ -14,21 +14,17 @@ from toolkit.rounds.merging.attempts import GRACE_SECONDS, Deadline
 
 
 class Wire:
-    """One merge's view of a process group.
+    """One merge's view of torch.distributed's default group.
 
     Args:
-        group: of the ranks that merge together; None for all.
         deadline: after which no answer is waited for.
     """
 
-    def __init__(self, group: Any, deadline: Deadline) -> None:
-        self._group, self._deadline = group, deadline
-        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
-        self._peers = [
-            rank if group is None else dist.get_global_rank(group, rank) for rank in range(self.num_ranks)
-        ]
+    def __init__(self, deadline: Deadline) -> None:
+        self._deadline = deadline
+        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         # NCCL moves memory of the GPU, gloo of the host.
-        on_gpu = "nccl" in str(dist.get_backend(group))
+        on_gpu = "nccl" in str(dist.get_backend())
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
     def gather(self, value: Any) -> list[Any]:
@@ -36,12 +32,12 @@ class Wire:
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.num_ranks)]
         own_size = torch.tensor([content.numel()], device=self.device)
-        self._wait([dist.all_gather(sizes, own_size, group=self._group, async_op=True)])
+        self._wait([dist.all_gather(sizes, own_size, async_op=True)])
         longest = max(int(size) for size in sizes)
         padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
         padded[: content.numel()] = content
         received = [torch.empty_like(padded) for _ in range(self.num_ranks)]
-        self._wait([dist.all_gather(received, padded, group=self._group, async_op=True)])
+        self._wait([dist.all_gather(received, padded, async_op=True)])
         return [
             json.loads(bytes(entry[: int(size)].tolist()))
             for entry, size in zip(received, sizes, strict=True)
@@ -49,12 +45,8 @@ class Wire:
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
         """Send tensors to ranks and fill tensors from ranks; between two ranks the order is the same on both."""
-        operations = [
-            dist.P2POp(dist.irecv, tensor, self._peers[rank], self._group) for tensor, rank in receives
-        ]
-        operations += [
-            dist.P2POp(dist.isend, tensor, self._peers[rank], self._group) for tensor, rank in sends
-        ]
+        operations = [dist.P2POp(dist.irecv, tensor, rank) for tensor, rank in receives]
+        operations += [dist.P2POp(dist.isend, tensor, rank) for tensor, rank in sends]
         if operations:
             self._wait(dist.batch_isend_irecv(operations))
 
