@@ -1,12 +1,14 @@
 """Options of iterative training and merging by themselves: defaults, values, what is derived from them."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from toolkit.config.load import load
 from toolkit.config.recipes import IterativeConfig
 from toolkit.errors import ConfigError
+from toolkit.languages import FEATURES
 
 LOCALES = ["--locales", "en-US,fr-FR,de-DE"]
 
@@ -51,6 +53,10 @@ def test_the_defaults_are_those_of_the_document():
     switches = """adaptive_merge_frequency performance_merge_trigger checkpoint_before_merge enable_auto_recovery
         validate_merge_integrity merge_gate fp16"""
     assert not any(getattr(config, name) for name in switches.split())
+
+
+def test_the_features_are_those_that_languages_have():
+    assert get_args(IterativeConfig.model_fields["similarity_features"].annotation) == FEATURES
 
 
 def test_the_number_of_epochs_is_whole():

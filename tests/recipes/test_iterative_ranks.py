@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 THREE = ("--locales", "en-US,fr-FR,de-DE")
@@ -56,7 +57,7 @@ def launch(tmp_path, iterative_defaults):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
             start_new_session=True,
         )
 
@@ -119,6 +120,53 @@ def test_a_killed_run_on_two_ranks_goes_on(launch, iterated, tmp_path, num_event
     finish(launch(*options, "--resume"))
     alone = iterated(*options)
     assert_same(type(alone)(0, "", "", tmp_path / "ranks"), alone)
+
+
+def kill_rank_1(process: subprocess.Popen[str], folder: Path, *, num_commits: int) -> None:
+    """Kill the second rank while it trains fr-FR, once the run has so many commits."""
+    journal = folder / "ranks" / "journal.jsonl"
+    while process.poll() is None:
+        tasks = [path.read_text() for path in folder.glob("meldkit-launch-*/task-1.txt")]
+        lines = journal.read_text().splitlines() if journal.exists() else []
+        if tasks == ["fr-FR"] and sum('"event": "loop"' in line for line in lines) >= num_commits:
+            ranks = psutil.Process(process.pid).children(recursive=True)
+            [rank] = [rank for rank in ranks if rank.environ().get("RANK") == "1"]
+            rank.kill()
+            return
+        time.sleep(0.002)
+
+
+@pytest.mark.faults
+def test_a_killed_rank_is_recovered_once(launch, iterated, tmp_path):
+    options = (*CASES["linear"], "--enable-auto-recovery")
+    process = launch(*options)
+    kill_rank_1(process, tmp_path, num_commits=1)
+    output = finish(process)
+    assert "was killed by SIGKILL while it worked on fr-FR" in output
+    assert "The run goes on from its last commit\n" in output
+    alone = iterated(*CASES["linear"])
+    ranks = type(alone)(0, "", "", tmp_path / "ranks")
+    assert_same(ranks, alone)
+    [alert] = [a for a in ranks.read("training_alerts.json")["alerts"] if a["kind"] == "participant_failed"]
+    assert alert["participant"] == "fr-FR"
+    assert "goes on from its last checkpoint" in alert["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize("num_commits", [0, 1])
+def test_the_locale_of_a_killed_rank_is_left_out(launch, iterated, tmp_path, num_commits):
+    process = launch(*CASES["gate"])
+    kill_rank_1(process, tmp_path, num_commits=num_commits)
+    output = finish(process)
+    assert "The run goes on from its last commit, without fr-FR" in output
+    ranks = type(iterated(*CASES["gate"]))(0, "", "", tmp_path / "ranks")
+    assert "fr-FR failed" in output
+    assert set(ranks.merges[-1]["participants"]) == {"en-US", "de-DE"}
+    assert (ranks.folder / "de-DE" / "final_model").is_dir()
+    assert not (ranks.folder / "fr-FR" / "final_model").exists()
+    compared = ranks.read("final_statistics.json")["comparison"]["participants"]
+    assert "iterative" in compared["de-DE"]["arms"]
 
 
 @pytest.mark.slow

@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_merging(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from toolkit.config.compare_seeds_command import CompareSeedsConfig
     from toolkit.config.fisher_command import FisherConfig
     from toolkit.config.merge_command import MergeConfig
     from toolkit.config.merge_locales_command import MergeLocalesConfig
@@ -61,6 +62,9 @@ def _add_merging(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _completed(merge.add_argument("folder", nargs="?", help="The folder of the result."), shtab.DIRECTORY)
     _add_options(merge, MergeConfig)
     _add_options(commands.add_parser("merge-locales", help=COMMANDS["merge-locales"]), MergeLocalesConfig)
+    seeds = commands.add_parser("compare-seeds", help=COMMANDS["compare-seeds"])
+    _completed(seeds.add_argument("run", nargs="*", help="A run directory."), shtab.DIRECTORY)
+    _add_options(seeds, CompareSeedsConfig)
     _add_options(commands.add_parser("fisher", help=COMMANDS["fisher"]), FisherConfig)
 
 

@@ -9,6 +9,7 @@ COMMANDS: dict[str, str] = {
     "train": "Train with a recipe.",
     "merge": "Merge models, or adapters, into one.",
     "merge-locales": "Merge models of locales into one for a target language.",
+    "compare-seeds": "Tell over several runs of one recipe whether merging helped.",
     "fisher": "Estimate a model's Fisher information, for merges that weigh by it.",
     "data": "Check, preview and split data; list formats; make sample data.",
     "models": "Make sample models.",

@@ -38,6 +38,7 @@ def _main(argv: list[str], *, debug: bool) -> int:
         "train": lambda rest: _train([*rest, "--debug"] if debug and rest else rest),
         "merge": _merge,
         "merge-locales": _merge_locales,
+        "compare-seeds": _compare_seeds,
         "fisher": _fisher,
         "data": _data,
         "models": _models,
@@ -76,6 +77,12 @@ def _merge_locales(argv: list[str]) -> int:
     from toolkit.rounds.merge_locales import merge_locales
 
     return merge_locales(argv)
+
+
+def _compare_seeds(argv: list[str]) -> int:
+    from toolkit.rounds.compare_seeds import compare_seeds
+
+    return compare_seeds(argv)
 
 
 def _fisher(argv: list[str]) -> int:

@@ -28,6 +28,8 @@ RUNS = {
     "iterative-merge": "toolkit.rounds.iterative",
 }
 """Where each recipe is run: a module with ``run(config, plan) -> exit status``, imported once it begins."""
+ON_KILL = {"iterative-merge": ("toolkit.rounds.killed_workers", "GoOn")}
+"""What decides, in the launcher's process, whether a run goes on after one of its ranks was killed."""
 OPTION_RULES = {"iterative-merge": "toolkit.rounds.option_rules"}
 """A module that adds rules to those between options, for a recipe that has registries."""
 HELP_FLAGS = {"-h", "--help"}
@@ -90,7 +92,11 @@ def _run(recipe: str, config: Any, argv: list[str], on_begin: Callable[[], None]
     if plan.needs_launcher and not is_launched(os.environ):
         from toolkit.launch.launcher import launch
 
-        return launch(plan, recipe, argv)
+        on_kill = None
+        if recipe in ON_KILL:
+            module, name = ON_KILL[recipe]
+            on_kill = getattr(importlib.import_module(module), name)(config, argv)
+        return launch(plan, recipe, argv, on_kill)
     # Read by torch, accelerate and DeepSpeed while they are imported.
     os.environ.update(plan.environment())
     on_begin()

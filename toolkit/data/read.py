@@ -12,6 +12,7 @@ from typing import Any
 
 from toolkit.config.names import did_you_mean, nearest
 from toolkit.data.files import EVALUATION_SPLITS, SPLIT_NAMES, SUFFIXES, Table, make_table, read_file
+from toolkit.data.hub import load_from_hub
 from toolkit.data.locale_codes import is_locale
 from toolkit.data.samples.catalog import sample_folder
 from toolkit.errors import DataError
@@ -252,7 +253,6 @@ def _saved_dataset(folder: Path) -> Source:
 
 
 def _hub(name: str, configuration: str | None) -> Source:
-    import datasets
     import datasets.config
     import huggingface_hub
 
@@ -264,7 +264,7 @@ def _hub(name: str, configuration: str | None) -> Source:
             hint="check the spelling; without a network give a local file or folder",
         )
     try:
-        loaded = datasets.load_dataset(name, configuration)
+        loaded = load_from_hub(name, configuration)
     except Exception as error:  # the hub client raises a dozen classes of its own, requests' and httpx's
         kind, lines = type(error).__name__, str(error).splitlines() or ["no message"]
         hint = "check the spelling; without a network give a local file or folder"

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -34,6 +34,35 @@ GRACE_SECONDS = 10.0
 SAME_WISH_SECONDS = 1.0
 NUM_TAIL_LINES = 20
 KILLED = 128 + signal.SIGKILL
+
+
+@dataclass(frozen=True)
+class KilledRank:
+    """A process of the run that a signal ended, and nobody had asked for it.
+
+    Attributes:
+        rank, pid: of the process.
+        signal_name: ``SIGKILL``, ``SIGSEGV``, ...
+        task: what it had said that it was at; may be empty.
+    """
+
+    rank: int
+    pid: int
+    signal_name: str
+    task: str
+
+
+@dataclass(frozen=True)
+class Restart:
+    """How a run goes on after a rank was killed: other arguments, additional variables, and a sentence that says so."""
+
+    argv: list[str]
+    variables: dict[str, str]
+    message: str
+
+
+OnKill = Callable[[KilledRank], Restart | None]
+"""Decides whether, and how, a run goes on after a rank was killed."""
 
 
 def accelerate_arguments(plan: LaunchPlan) -> list[str]:
@@ -81,13 +110,26 @@ def shell_line(plan: LaunchPlan, argv: Sequence[str]) -> str:
     )
 
 
-def launch(plan: LaunchPlan, recipe: str, argv: Sequence[str]) -> int:
+def launch(plan: LaunchPlan, recipe: str, argv: Sequence[str], on_kill: OnKill | None = None) -> int:
     """Run ``meldkit train RECIPE ARGV`` in the processes of a plan.
+
+    Args:
+        on_kill: asked each time that a rank was killed, for the arguments after ``RECIPE``; None: the run ends then.
 
     Returns:
         The exit status of the run: 0, 1, 2 or 75 as the recipe says, 128 + N where signal N killed a process.
     """
-    return run(plan, ["toolkit", "train", recipe, *argv])
+    prefix, argv, variables = ["toolkit", "train", recipe], list(argv), dict(os.environ)
+    while True:
+        exit_status, killed = _run_once(plan, [*prefix, *argv], variables)
+        if killed is None:
+            return exit_status
+        restart = None if on_kill is None else on_kill(killed)
+        if restart is None:
+            _say(f"{_killed_message(killed)}. --resume continues from the last committed checkpoint")
+            return exit_status
+        _say(f"{_killed_message(killed)}. {restart.message}")
+        argv, variables = restart.argv, variables | restart.variables
 
 
 @dataclass
@@ -126,6 +168,16 @@ def run(plan: LaunchPlan, argv: Sequence[str], environ: Mapping[str, str] = os.e
         argv: the module and its arguments.
         environ: the environment of the processes, to which the plan's own variables are added.
     """
+    exit_status, killed = _run_once(plan, argv, environ)
+    if killed is not None:
+        _say(f"{_killed_message(killed)}. --resume continues from the last committed checkpoint")
+    return exit_status
+
+
+def _run_once(
+    plan: LaunchPlan, argv: Sequence[str], environ: Mapping[str, str]
+) -> tuple[int, KilledRank | None]:
+    """The exit status, and the rank that was killed if that ended the run."""
     folder = Path(tempfile.mkdtemp(prefix="meldkit-launch-"))
     log_path = folder / "agent.log"
     agent_command = [
@@ -215,32 +267,35 @@ def _kill_all(agent: subprocess.Popen[bytes], folder: Path) -> None:
     agent.wait()
 
 
-def _outcome(folder: Path, agent_status: int, signals: _Signals, was_killed: bool) -> int:
-    """Work out the exit status of the run and say on stderr what the ranks could not say themselves."""
+def _outcome(
+    folder: Path, agent_status: int, signals: _Signals, was_killed: bool
+) -> tuple[int, KilledRank | None]:
+    """Work out the exit status of the run, and who was killed; say on stderr what the ranks could not say
+    themselves."""
     ranks = status.read(folder)
     if was_killed:
         _say("killed at the second signal; --resume continues from the last committed checkpoint")
-        return KILLED
+        return KILLED, None
     exit_statuses = {rank.rank: rank.exit_status for rank in ranks if rank.exit_status is not None}
     result = status.most_telling(exit_statuses.values()) if exit_statuses else status.SUCCESS
     failure = _first_failure(folder)
     if result != status.INPUT_WRONG and failure is not None and failure["exit_code"] < 0:
         number = -failure["exit_code"]
         if not signals.received and exit_statuses.get(failure["rank"]) is None:
-            _say(_killed_message(failure["rank"], failure["pid"], number))
-            return 128 + number
+            name, task = signal.Signals(number).name, status.read_task(folder, failure["rank"])
+            return 128 + number, KilledRank(failure["rank"], failure["pid"], name, task)
     if signals.received and result == status.SUCCESS and (agent_status != 0 or not exit_statuses):
-        return status.INTERRUPTED
+        return status.INTERRUPTED, None
     if result == status.SUCCESS and agent_status != 0:
         _say(f"the processes could not be started or did not end well\n{_tail(folder / 'agent.log')}")
-        return status.FAILED
+        return status.FAILED, None
     failed = [number for number, exit_status in exit_statuses.items() if exit_status == result]
     if result not in (status.SUCCESS, status.INTERRUPTED) and failed and 0 not in failed:
         _say(
             f"rank {failed[0]} failed with exit status {result}; the end of its output:\n"
             + _tail(status.output_path(folder, failed[0]))
         )
-    return result
+    return result, None
 
 
 def _first_failure(folder: Path) -> dict[str, Any] | None:
@@ -248,12 +303,13 @@ def _first_failure(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _killed_message(rank: int, pid: int, signal_number: int) -> str:
-    name = signal.Signals(signal_number).name
-    message = f"rank {rank} (process {pid}) was killed by {name}"
-    if signal_number == signal.SIGKILL:
+def _killed_message(killed: KilledRank) -> str:
+    message = f"rank {killed.rank} (process {killed.pid}) was killed by {killed.signal_name}"
+    if killed.task:
+        message += f" while it worked on {killed.task}"
+    if killed.signal_name == "SIGKILL":
         message += "; the system does that when memory runs out (dmesg tells): try a smaller --batch-size"
-    return message + ". --resume continues from the last committed checkpoint"
+    return message
 
 
 def _tail(path: Path) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from toolkit.launch import status
-from toolkit.launch.world import PARENT_VARIABLE, RANK_FOLDER_VARIABLE
+from toolkit.launch.world import PARENT_VARIABLE, RANK_FOLDER_VARIABLE, TASK_FILE_VARIABLE
 
 FORWARDED_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 """Signals that the launcher passes on to the ranks. The process between the two blocks them."""
@@ -92,6 +92,7 @@ def main() -> int:
     folder, rank = Path(os.environ[RANK_FOLDER_VARIABLE]), int(os.environ["RANK"])
     if rank != 0:
         _redirect_output(status.output_path(folder, rank))
+    os.environ[TASK_FILE_VARIABLE] = str(status.task_path(folder, rank))
     for signal_number in FORWARDED_SIGNALS:
         signal.signal(signal_number, _stop_before_start)
     status.report(folder, rank, None)

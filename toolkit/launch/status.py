@@ -2,7 +2,7 @@
 
 ``accelerate launch`` turns every status of its children into 1. So each process writes ``rank-N.json`` into
 a folder that it finds in an environment variable: with its process id when it starts, with its exit status
-when it ends. A process that was killed has no status there.
+when it ends. A process that was killed has no status there; what it was at stands in ``task-N.txt``, if it said so.
 """
 
 import json
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from toolkit.durable import write_json
+from toolkit.launch.world import TASK_FILE_VARIABLE
 
 SUCCESS, FAILED, INPUT_WRONG, INTERRUPTED = 0, 1, 2, 75
 
@@ -36,6 +37,27 @@ def _path(folder: Path, rank: int) -> Path:
 def output_path(folder: Path, rank: int) -> Path:
     """File that takes the output of a process other than rank 0."""
     return folder / f"rank-{rank}.log"
+
+
+def task_path(folder: Path, rank: int) -> Path:
+    """File in which a process says what it is at."""
+    return folder / f"task-{rank}.txt"
+
+
+def say_task(task: str) -> None:
+    """Tell the launcher, if it is ours, what this process is at from now on, in case that it is killed over it.
+
+    Args:
+        task: for example a participant's name; empty where nobody in particular is to blame.
+    """
+    if path := os.environ.get(TASK_FILE_VARIABLE):
+        Path(path).write_text(task, encoding="utf-8")  # it matters for as long as the machine runs: no sync
+
+
+def read_task(folder: Path, rank: int) -> str:
+    """What a process said last; empty if nothing."""
+    path = task_path(folder, rank)
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def report(folder: Path, rank: int, exit_status: int | None) -> None:

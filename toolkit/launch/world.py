@@ -14,6 +14,9 @@ RANK_FOLDER_VARIABLE = "MELDKIT_RANK_FOLDER"
 PARENT_VARIABLE = "MELDKIT_PARENT_PID"
 """Set by our own launcher, and by the agent for the ranks: the process that the new one must not outlive."""
 
+TASK_FILE_VARIABLE = "MELDKIT_TASK_FILE"
+"""Set by our own launcher: the file in which a process says what it is at (see ``status.py``)."""
+
 _YES = frozenset({"1", "true", "yes", "y", "on", "t"})
 
 

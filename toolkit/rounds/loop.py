@@ -18,8 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from toolkit.errors import CheckpointError, Interrupted, RunError
+from toolkit.launch.status import say_task
 from toolkit.reporting.records import AlertRecord, CheckpointRecord, RoundRecord
 from toolkit.rounds.boundaries import Boundaries
+from toolkit.rounds.killed_workers import killings_of, num_recoveries
 from toolkit.rounds.participants import Participant, Standing
 from toolkit.rounds.run import Run
 from toolkit.rounds.schedule import MergeDecision, Observation, Schedule
@@ -29,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 COMMIT = "loop"
 """The journal's event for a commit of a loop."""
-NUM_RECOVERIES = 1
-"""How often a participant that failed is taken back to its last checkpoint: the same error twice is no accident."""
 
 
 class Merge(Protocol):
@@ -148,6 +148,8 @@ class RoundLoop:
             Interrupted: a stop was asked for; everything is committed.
             RunError: every participant has failed, or a merge has and --enable-auto-recovery is off.
         """
+        for participant in self.participants:
+            self._count_killings(participant)
         if self._is_new:
             for participant in self.participants:
                 if before is not None:
@@ -251,10 +253,12 @@ class RoundLoop:
                 for participant in behind:
                     if not self._train(participant, epoch, until):
                         return False
+        say_task("")
         return True
 
     def _train(self, participant: Participant, epoch: int, num_steps: int | None) -> bool:
         """Train to the end of the epoch, or ``num_steps``; what fails is this participant's own affair."""
+        say_task(participant.name)
         try:
             return self._train_to(participant, _end_of(participant, epoch), num_steps)
         except (Interrupted, CheckpointError):
@@ -293,9 +297,8 @@ class RoundLoop:
         text = f"{type(error).__name__}: {error}"
         commits = self.commits()
         can_recover = (
-            self.config.enable_auto_recovery
-            and self._rebuild is not None
-            and standing.num_failures < NUM_RECOVERIES
+            self._rebuild is not None
+            and standing.num_failures < num_recoveries(self.config)
             and bool(commits)
         )
         step = participant.trainer.step
@@ -310,6 +313,22 @@ class RoundLoop:
         else:
             standing.status, standing.error = "failed", text
             standing.num_failures += 1
+        self._record_failure(participant, step, text, can_recover)
+
+    def _count_killings(self, participant: Participant) -> None:
+        """A process that was killed over a participant is a failure of it. It stands at its last checkpoint already."""
+        standing = participant.standing
+        new = [k for k in killings_of(participant.name) if k.id not in standing.killings]
+        if not new or standing.status == "failed":
+            return
+        standing.killings += [killing.id for killing in new]
+        standing.num_failures += len(new)
+        goes_on = standing.num_failures <= num_recoveries(self.config)
+        if not goes_on:
+            standing.status, standing.error = "failed", new[-1].reason
+        self._record_failure(participant, participant.trainer.step, new[-1].reason, goes_on)
+
+    def _record_failure(self, participant: Participant, step: int, text: str, can_recover: bool) -> None:
         outcome = (
             f"goes on from its last checkpoint (step {participant.trainer.step})"
             if can_recover
@@ -367,7 +386,9 @@ class RoundLoop:
 
     def _observe(self, participant: Participant, epoch: int) -> Observation:
         train_loss = participant.end_epoch()
+        say_task(participant.name)
         self._evaluate(participant, "during" if epoch < self.num_epochs else "after")
+        say_task("")
         metrics = participant.standing.metrics
         return Observation(
             participant=participant.name,

@@ -37,6 +37,7 @@ class Standing:
         stop_reason: why it stopped early.
         early_stopping: state of its :class:`~toolkit.rounds.schedule.early_stopping.EarlyStopping`.
         num_failures: how often it has failed; after the last one :attr:`error` says why.
+        killings: ids of those of them that ended its process.
     """
 
     status: Status = "active"
@@ -48,6 +49,7 @@ class Standing:
     early_stopping: dict[str, Any] = field(default_factory=dict)
     num_failures: int = 0
     error: str | None = None
+    killings: list[int] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
