@@ -43,7 +43,7 @@ def test_the_arms_are_means_over_the_seeds(runs, tmp_path, capsys):
 
 def test_the_flags_reach_the_comparison(runs, tmp_path):
     out = tmp_path / "seeds.json"
-    words = ["compare-seeds", "--runs", *map(str, runs), "--out", str(out)]
+    words = ["compare-seeds", "--runs", ",".join(map(str, runs)), "--out", str(out)]
     assert main([*words, "--metric", "loss", "--bootstrap-samples", "150", "--seed", "7"]) == 0
     found = json.loads(out.read_text())
     assert [found[name] for name in ("metric", "num_bootstrap_samples", "bootstrap_seed")] == ["loss", 150, 7]

@@ -13,7 +13,7 @@ class CompareSeedsConfig(Options):
     whose intervals cover what another seed would change."""
 
     runs: list[Path] = Field(min_length=2)
-    """Run directories, finished, with baselines. The flag may be left out: meldkit compare-seeds RUN RUN ..."""
+    """Run directories, finished, with baselines: A,B or, in place of the flag, meldkit compare-seeds A B."""
 
     metric: Literal["auto", "accuracy", "f1", "loss"] = "auto"
     """What is compared. auto: as in the runs."""

@@ -1,5 +1,6 @@
 """``meldkit compare-seeds``: the comparison over several runs that differ in their seed."""
 
+import json
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -28,7 +29,7 @@ def compare_seeds(argv: list[str]) -> int:
         out(options_help(USAGE, CompareSeedsConfig))
         return 0 if argv else WRONG_INPUT
     folders = list(takewhile(lambda word: not word.startswith("-"), argv))
-    words = [*(["--runs", *folders] if folders else []), *argv[len(folders) :]]
+    words = [f"--runs={json.dumps([folder])}" for folder in folders] + argv[len(folders) :]
     config = load_for_command(CompareSeedsConfig, words).config
     found = pooled(config)
     from toolkit.reporting.round_wording import comparison_lines
@@ -98,7 +99,8 @@ def _journal(folder: Path) -> Journal:
         raise InputError(f"{folder} holds a run of {recipe}, not of {RECIPE}")
     if not journal.records("finished"):
         raise InputError(
-            f"the run in {folder} is not finished", hint=f"meldkit train {RECIPE} --resume --output-dir {folder}"
+            f"the run in {folder} is not finished",
+            hint=f"meldkit train {RECIPE} --resume --output-dir {folder}",
         )
     return journal
 
