@@ -12,6 +12,7 @@ import pytest
 
 from toolkit.config.options import LaunchOptions
 from toolkit.launch import launcher, status
+from toolkit.launch.ending import KilledRank
 from toolkit.launch.plan import LaunchPlan, resolve_plan
 from toolkit.launch.world import PARENT_VARIABLE
 
@@ -108,6 +109,33 @@ def test_the_exit_status_is_that_of_the_run(
         assert "meldkit: rank 1 failed with exit status 5; the end of its output:" in output.err
     for words in ("Traceback", "CalledProcessError", "ChildFailedError", "torch.distributed"):
         assert words not in output.err
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("others", ["wait", "miss"])
+def test_a_run_goes_on_after_a_kill_if_it_is_told_how(
+    two_processes: LaunchPlan,
+    probe_environment: dict[str, str],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    others: str,
+) -> None:
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.5)
+    asked: list[KilledRank] = []
+
+    def on_kill(killed: KilledRank) -> launcher.Restart:
+        asked.append(killed)
+        return launcher.Restart(["two"], {"TOLD": "all"}, "it goes on")
+
+    argv = ["rank_probe", "be_killed", "SIGKILL", others]
+    assert launcher.run(two_processes, argv, probe_environment, on_kill) == 0
+    [killed] = asked
+    assert (killed.rank, killed.signal_name, killed.task) == (1, "SIGKILL", "fr-FR")
+    output = capfd.readouterr()
+    assert "was killed by SIGKILL while it worked on fr-FR" in output.err
+    assert ". it goes on" in output.err
+    assert "--resume" not in output.err
+    assert "rank 0 of two, all" in output.out
 
 
 @pytest.mark.faults

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from toolkit.launch.launcher import KilledRank
+from toolkit.launch.ending import KilledRank
 from toolkit.rounds.killed_workers import VARIABLE, GoOn, killings_of
 
 
@@ -27,8 +27,8 @@ def test_a_locale_is_taken_back_once_and_then_left_out(go_on):
     decide = go_on(True)
     first = decide(killed("fr-FR"))
     assert first is not None
-    assert first.argv == ["--locales", "en-US,fr-FR", "--resume"]
-    assert first.message == "The run goes on from its last commit"
+    assert first.arguments == ["--resume"]
+    assert first.message == "the run goes on from its last commit"
     assert len(json.loads(first.variables[VARIABLE])) == 1
     second = decide(killed("fr-FR"))
     assert second is not None
@@ -51,7 +51,7 @@ def test_where_nobody_is_to_blame_recovery_decides(go_on):
     decide = go_on(True)
     restart = decide(killed(""))
     assert restart is not None
-    assert restart.message == "The run goes on from its last commit"
+    assert restart.message == "the run goes on from its last commit"
     assert decide(killed("")) is None
 
 

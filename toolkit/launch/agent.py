@@ -20,8 +20,12 @@ FAILURE_NAME = "first-failure.json"
 
 
 def _record_failure(folder: Path, error: Any) -> None:
-    """Keep which rank ended badly first, and how: a negative exit code is the signal that killed it."""
-    _, failure = error.get_first_failure()
+    """Keep which rank ended badly first, and how: a negative exit code is the signal that killed it.
+
+    Where several ended between two looks at them, one that was killed is the cause: the others miss it in a collective.
+    """
+    killed = [failure for failure in error.failures.values() if failure.exitcode < 0]
+    failure = killed[0] if killed else error.get_first_failure()[1]
     write_json(
         folder / FAILURE_NAME, {"rank": failure.local_rank, "pid": failure.pid, "exit_code": failure.exitcode}
     )

@@ -7,7 +7,6 @@ The agent and the ranks are sessions of their own, so a Ctrl-C reaches the launc
 """
 
 import contextlib
-import json
 import os
 import shlex
 import shutil
@@ -20,10 +19,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from toolkit.launch import status
-from toolkit.launch.agent import FAILURE_NAME
+from toolkit.launch.ending import Ending, KilledRank, ending_of
 from toolkit.launch.plan import LaunchPlan
 from toolkit.launch.rank import FORWARDED_SIGNALS
 from toolkit.launch.world import PARENT_VARIABLE, RANK_FOLDER_VARIABLE
@@ -32,37 +30,25 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
 """Time that the ranks have to end after one of them failed: most often they wait for it in a collective."""
 SAME_WISH_SECONDS = 1.0
-NUM_TAIL_LINES = 20
-KILLED = 128 + signal.SIGKILL
-
-
-@dataclass(frozen=True)
-class KilledRank:
-    """A process of the run that a signal ended, and nobody had asked for it.
-
-    Attributes:
-        rank, pid: of the process.
-        signal_name: ``SIGKILL``, ``SIGSEGV``, ...
-        task: what it had said that it was at; may be empty.
-    """
-
-    rank: int
-    pid: int
-    signal_name: str
-    task: str
 
 
 @dataclass(frozen=True)
 class Restart:
-    """How a run goes on after a rank was killed: other arguments, additional variables, and a sentence that says so."""
+    """How a run goes on after a rank was killed.
 
-    argv: list[str]
+    Attributes:
+        arguments: besides those that it was started with.
+        variables: of the environment, besides those.
+        message: a sentence that says so.
+    """
+
+    arguments: list[str]
     variables: dict[str, str]
     message: str
 
 
 OnKill = Callable[[KilledRank], Restart | None]
-"""Decides whether, and how, a run goes on after a rank was killed."""
+"""Decides whether, and how, a run goes on after a rank was killed; None: it ends."""
 
 
 def accelerate_arguments(plan: LaunchPlan) -> list[str]:
@@ -114,22 +100,12 @@ def launch(plan: LaunchPlan, recipe: str, argv: Sequence[str], on_kill: OnKill |
     """Run ``meldkit train RECIPE ARGV`` in the processes of a plan.
 
     Args:
-        on_kill: asked each time that a rank was killed, for the arguments after ``RECIPE``; None: the run ends then.
+        on_kill: asked each time that a rank was killed; None: the run ends then.
 
     Returns:
         The exit status of the run: 0, 1, 2 or 75 as the recipe says, 128 + N where signal N killed a process.
     """
-    prefix, argv, variables = ["toolkit", "train", recipe], list(argv), dict(os.environ)
-    while True:
-        exit_status, killed = _run_once(plan, [*prefix, *argv], variables)
-        if killed is None:
-            return exit_status
-        restart = None if on_kill is None else on_kill(killed)
-        if restart is None:
-            _say(f"{_killed_message(killed)}. --resume continues from the last committed checkpoint")
-            return exit_status
-        _say(f"{_killed_message(killed)}. {restart.message}")
-        argv, variables = restart.argv, variables | restart.variables
+    return run(plan, ["toolkit", "train", recipe, *argv], on_kill=on_kill)
 
 
 @dataclass
@@ -160,24 +136,33 @@ class _Signals:
                 signal.signal(number, handler)
 
 
-def run(plan: LaunchPlan, argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
+def run(
+    plan: LaunchPlan,
+    argv: Sequence[str],
+    environ: Mapping[str, str] = os.environ,
+    on_kill: OnKill | None = None,
+) -> int:
     """Run a module in the processes of a plan and return the exit status of the run. For the main thread
     only.
 
     Args:
         argv: the module and its arguments.
         environ: the environment of the processes, to which the plan's own variables are added.
+        on_kill: see :func:`launch`.
     """
-    exit_status, killed = _run_once(plan, argv, environ)
-    if killed is not None:
-        _say(f"{_killed_message(killed)}. --resume continues from the last committed checkpoint")
-    return exit_status
+    more, variables = list[str](), dict(environ)
+    while True:
+        ending = _run_once(plan, [*argv, *more], variables)
+        killed = ending.killed
+        restart = None if killed is None or on_kill is None else on_kill(killed)
+        if ending.message:
+            _say(ending.message + (restart.message if restart is not None else ending.advice))
+        if restart is None:
+            return ending.exit_status
+        more, variables = restart.arguments, variables | restart.variables
 
 
-def _run_once(
-    plan: LaunchPlan, argv: Sequence[str], environ: Mapping[str, str]
-) -> tuple[int, KilledRank | None]:
-    """The exit status, and the rank that was killed if that ended the run."""
+def _run_once(plan: LaunchPlan, argv: Sequence[str], environ: Mapping[str, str]) -> Ending:
     folder = Path(tempfile.mkdtemp(prefix="meldkit-launch-"))
     log_path = folder / "agent.log"
     agent_command = [
@@ -201,7 +186,9 @@ def _run_once(
                 was_killed = _supervise(agent, folder, signals)
             finally:
                 _kill_all(agent, folder)
-        return _outcome(folder, agent.returncode, signals, was_killed)
+        return ending_of(
+            folder, agent.returncode, was_asked_to_stop=bool(signals.received), was_killed=was_killed
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -265,59 +252,6 @@ def _kill_all(agent: subprocess.Popen[bytes], folder: Path) -> None:
             _send_group(rank.pid, signal.SIGKILL)
     _send_group(agent.pid, signal.SIGKILL)
     agent.wait()
-
-
-def _outcome(
-    folder: Path, agent_status: int, signals: _Signals, was_killed: bool
-) -> tuple[int, KilledRank | None]:
-    """Work out the exit status of the run, and who was killed; say on stderr what the ranks could not say
-    themselves."""
-    ranks = status.read(folder)
-    if was_killed:
-        _say("killed at the second signal; --resume continues from the last committed checkpoint")
-        return KILLED, None
-    exit_statuses = {rank.rank: rank.exit_status for rank in ranks if rank.exit_status is not None}
-    result = status.most_telling(exit_statuses.values()) if exit_statuses else status.SUCCESS
-    failure = _first_failure(folder)
-    if result != status.INPUT_WRONG and failure is not None and failure["exit_code"] < 0:
-        number = -failure["exit_code"]
-        if not signals.received and exit_statuses.get(failure["rank"]) is None:
-            name, task = signal.Signals(number).name, status.read_task(folder, failure["rank"])
-            return 128 + number, KilledRank(failure["rank"], failure["pid"], name, task)
-    if signals.received and result == status.SUCCESS and (agent_status != 0 or not exit_statuses):
-        return status.INTERRUPTED, None
-    if result == status.SUCCESS and agent_status != 0:
-        _say(f"the processes could not be started or did not end well\n{_tail(folder / 'agent.log')}")
-        return status.FAILED, None
-    failed = [number for number, exit_status in exit_statuses.items() if exit_status == result]
-    if result not in (status.SUCCESS, status.INTERRUPTED) and failed and 0 not in failed:
-        _say(
-            f"rank {failed[0]} failed with exit status {result}; the end of its output:\n"
-            + _tail(status.output_path(folder, failed[0]))
-        )
-    return result, None
-
-
-def _first_failure(folder: Path) -> dict[str, Any] | None:
-    path = folder / FAILURE_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _killed_message(killed: KilledRank) -> str:
-    message = f"rank {killed.rank} (process {killed.pid}) was killed by {killed.signal_name}"
-    if killed.task:
-        message += f" while it worked on {killed.task}"
-    if killed.signal_name == "SIGKILL":
-        message += "; the system does that when memory runs out (dmesg tells): try a smaller --batch-size"
-    return message
-
-
-def _tail(path: Path) -> str:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    return "\n".join(f"  | {line}" for line in lines[-NUM_TAIL_LINES:]) or "  | (no output)"
 
 
 def _say(message: str) -> None:

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
-from toolkit.evaluation.outcomes import metrics
+from toolkit.evaluation.outcomes import RowOutcomes, metrics
 from toolkit.rounds.final_model import write_final_model
 from toolkit.rounds.merging import MergedModels
 from toolkit.rounds.outcome_files import ITERATIVE, LAST_MERGE, OutcomeFiles
@@ -40,22 +41,24 @@ class HandOver:
         self._merged_models = merged_models
         self._compared = compared
 
-    def write_outcomes(self, arm: str, participant: Participant) -> dict[str, float]:
-        """Evaluate a participant as it stands on its compared rows; returns the metrics, none without rows."""
+    def write_outcomes(self, arm: str, participant: Participant) -> RowOutcomes | None:
+        """Evaluate a participant as it stands on its compared rows, if it has any."""
         name = participant.name
         if name not in self._compared:
-            return {}
+            return None
         found = participant.trainer.evaluate_rows(self._compared[name])
         self._outcomes.write(arm, name, found)
-        return metrics(found)
+        return found
 
     def write(self, participants: Sequence[Participant]) -> None:
         """Write final_model/ of every participant that has not failed, and the run's own. On all ranks."""
         well = [p for p in participants if p.standing.status != "failed"]
         chosen = self._chosen([p.name for p in well])
         for participant in well:
-            measured = self.write_outcomes(ITERATIVE, participant)
-            self._write_last_merge(participant)
+            found = self.write_outcomes(ITERATIVE, participant)
+            if found is not None:
+                self._write_last_merge(participant, found)
+            measured = {} if found is None else metrics(found)
             run_dir = self._run.directory.path
             for folder in [run_dir / participant.name, *([run_dir] if participant.name == chosen else [])]:
                 self._write_model(folder, participant, measured)
@@ -83,16 +86,24 @@ class HandOver:
             processes=run.processes,
         )
 
-    def _write_last_merge(self, participant: Participant) -> None:
-        """What the newest merged model that was made for a participant does, taken over or not."""
+    def _write_last_merge(self, participant: Participant, of_its_own: RowOutcomes) -> None:
+        """What the newest merged model that was made for a participant does, taken over or not.
+
+        Args:
+            of_its_own: what the participant's model does, which is that one if it merged last and trained no more.
+        """
         merges = [r for r in self._run.journal.records("merge") if participant.name in r["gate"]]
-        if not merges or participant.name not in self._compared:
+        if not merges:
             return
         paths: dict[str, str] = merges[-1]["paths"]
         name = paths.get(participant.name) or next(iter(paths.values()))
         trainer = participant.trainer
         own = trainer.state()
-        trainer.load_state(saved_state(self._merged_models.folder / name, trainer))
+        merged = saved_state(self._merged_models.folder / name, trainer)
+        if all(torch.equal(merged[name], tensor) for name, tensor in own.items()):
+            self._outcomes.write(LAST_MERGE, participant.name, of_its_own)
+            return
+        trainer.load_state(merged)
         self.write_outcomes(LAST_MERGE, participant)
         trainer.load_state(own)
 

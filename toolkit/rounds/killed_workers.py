@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.launch.launcher import KilledRank, Restart
+from toolkit.launch.ending import KilledRank
+from toolkit.launch.launcher import Restart
 
 VARIABLE = "MELDKIT_KILLINGS"
 """Set for the ranks of a run that goes on: every :class:`Killing` since it was started, as JSON."""
@@ -62,7 +63,7 @@ class GoOn:
 
     def __init__(self, config: Any, argv: list[str]) -> None:
         self._config = config
-        self._argv = argv if "--resume" in argv else [*argv, "--resume"]
+        self._more = [] if "--resume" in argv else ["--resume"]
         self._killings: list[Killing] = []
 
     def __call__(self, killed: KilledRank) -> Restart | None:
@@ -73,6 +74,6 @@ class GoOn:
         if times > allowed or not (Path(self._config.output_dir) / "experiment_config.json").is_file():
             return None
         is_out = killed.task and times > num_recoveries(self._config)
-        message = "The run goes on from its last commit" + (f", without {killed.task}" if is_out else "")
+        message = "the run goes on from its last commit" + (f", without {killed.task}" if is_out else "")
         told = json.dumps([asdict(killing) for killing in self._killings])
-        return Restart(self._argv, {VARIABLE: told}, message)
+        return Restart(self._more, {VARIABLE: told}, message)

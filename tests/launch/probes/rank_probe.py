@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from toolkit.launch import status
+
 
 def all_reduce() -> int:
     """Join the world of the plan and sum the rank numbers + 1 over all processes."""
@@ -33,12 +35,30 @@ def end_with(*exit_statuses: str) -> int:
     return int(exit_statuses[rank])
 
 
-def be_killed(name: str) -> int:
-    """Rank 1 is killed by a signal, the others wait for it as in a collective."""
-    if os.environ["RANK"] == "1":
+def be_killed(name: str, others: str = "wait", more: str = "") -> int:
+    """Rank 1 is killed by a signal at its work; the others wait for it as in a collective, or miss it at once. Nothing
+    of that with ``more``: it ends well."""
+    if more:
+        print(f"rank {os.environ['RANK']} of {more}, {os.environ['TOLD']}")
+        return 0
+    folder, rank = Path(os.environ["MELDKIT_RANK_FOLDER"]), int(os.environ["RANK"])
+    if rank == 1:
+        status.say_task("fr-FR")
+        (folder / "pid").write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.Signals[name])
-    time.sleep(600)
-    return 0
+    while others != "miss" or not is_dead(folder / "pid"):
+        time.sleep(0.001)
+    return 1
+
+
+def is_dead(path: Path) -> bool:
+    """Whether the process of that id is over; its parent may not have noticed."""
+    if not path.exists():
+        return False
+    try:
+        return ") Z " in Path(f"/proc/{path.read_text()}/stat").read_text()
+    except OSError:
+        return True
 
 
 def wait_for_signal(folder: str, *, ends: str = "yes") -> int:
