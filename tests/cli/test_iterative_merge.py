@@ -15,25 +15,7 @@ from toolkit.config.load import load
 from toolkit.config.recipes import IterativeConfig
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = {
-    "basic": "--locales en-US,fr-FR,de-DE --max-epochs 15 --merge-frequency 3 --merge-algorithm linear "
-    "--weight-calculation similarity --output-dir iterative_results",
-    "adaptive": "--locales en-US,fr-FR,de-DE,es-ES,it-IT --max-epochs 20 --merge-frequency 3 --merge-algorithm linear "
-    "--adaptive-merge-frequency --performance-merge-trigger --convergence-threshold 1e-4 --checkpoint-before-merge "
-    "--enable-wandb --wandb-project Iterative-Training-Experiment --save-config",
-    "saving": "--locales en-US,fr-FR --save-config --output-dir experiment_1",
-    "saved": "--config-file experiment_1/experiment_config.json",
-    "two models": "--locales en-US,fr-FR --max-epochs 10 --merge-frequency 2 --merge-algorithm linear "
-    "--output-dir basic_experiment",
-    "fisher": "--locales en-US,fr-FR,de-DE --max-epochs 15 --merge-frequency 3 --merge-algorithm fisher_dataset "
-    "--fisher-data-mode target --num-fisher-examples 200 --fisher-batch-size 32",
-    "large": "--locales en-US,fr-FR,de-DE,es-ES,it-IT,pt-PT --max-epochs 25 --merge-frequency 2 --merge-algorithm "
-    "linear --adaptive-merge-frequency --performance-merge-trigger --convergence-threshold 5e-5 --fp16 "
-    "--gradient-accumulation-steps 2 --batch-size 64 --enable-wandb --wandb-project Large-Scale-Iterative "
-    "--checkpoint-before-merge --retain-merge-checkpoints 5 --enable-auto-recovery --validate-merge-integrity",
-    "target": "--locales sq-AL,en-US,fr-FR --merge-frequency 3 --target-languages sq-AL",
-    "debug": "--locales en-US,fr-FR --log-level DEBUG --max-epochs 3 --merge-frequency 1",
-}
+COMMANDS = json.loads((Path(__file__).parents[1] / "commands_of_the_document.json").read_text())
 TROUBLES = """
 --batch-size 32
 --gradient-accumulation-steps 4
