@@ -73,16 +73,22 @@ def add_product_squares(
     places = [(start // GROUP * GROUP, -(-stop // GROUP) * GROUP) for start, stop in spans if stop > start]
     chosen = [b for b, (start, stop) in enumerate(spans) if stop > start]
     num_products = sum(stop - start for start, stop in places) * fisher_OI.numel()
+    num_threads = torch.get_num_threads()
     with _one_at_a_time:
-        _compiled()(
-            _whole_groups(grad_BTO),
-            _whole_groups(input_BTI),
-            np.array(chosen, np.int64),
-            np.array(places, np.int64),
-            fisher_OI.numpy(),
-            num_done,
-            torch.get_num_threads() if num_products >= MIN_PRODUCTS else 1,
-        )
+        try:
+            _compiled()(
+                _whole_groups(grad_BTO),
+                _whole_groups(input_BTI),
+                np.array(chosen, np.int64),
+                np.array(places, np.int64),
+                fisher_OI.numpy(),
+                num_done,
+                num_threads if num_products >= MIN_PRODUCTS else 1,
+            )
+        finally:
+            # numba's OpenMP layer is torch's too, and its first call gives all of the process a thread for each core.
+            if torch.get_num_threads() != num_threads:
+                torch.set_num_threads(num_threads)
     return num_done
 
 
