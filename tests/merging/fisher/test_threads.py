@@ -6,6 +6,7 @@ import sys
 FIRST_CALL = """
 import torch
 from toolkit.merging.fisher.compiled import add_product_squares
+torch.get_num_threads()  # from here on torch asks OpenMP
 torch.set_num_threads(1)
 add_product_squares(torch.zeros(64, 64), torch.randn(2, 8, 64), torch.randn(2, 8, 64), [(0, 8), (0, 8)])
 print(torch.get_num_threads())
