@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 THREE = ("--locales", "en-US,fr-FR,de-DE")
 CASES = {
@@ -64,6 +65,23 @@ def launch(tmp_path, iterative_defaults):
     return start
 
 
+@pytest.fixture
+def alone(iterated, monkeypatch):
+    """alone("--merge-scope", "each") → the run in this process, with as many threads as a rank: sums depend on it."""
+
+    def run(*options: object):
+        num_threads = torch.get_num_threads()
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        try:
+            return iterated(
+                "--num-processes", 1, *options
+            )  # not a run that another test made with more threads
+        finally:
+            torch.set_num_threads(num_threads)
+
+    return run
+
+
 def finish(process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
@@ -97,16 +115,16 @@ def assert_same(ranks, alone, locales=("en-US", "fr-FR", "de-DE")) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
-def test_two_ranks_are_one_process(launch, iterated, tmp_path, name):
+def test_two_ranks_are_one_process(launch, alone, tmp_path, name):
     finish(launch(*CASES[name]))
-    alone = iterated(*CASES[name])
-    assert_same(type(alone)(0, "", "", tmp_path / "ranks"), alone)
+    expected = alone(*CASES[name])
+    assert_same(type(expected)(0, "", "", tmp_path / "ranks"), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize("num_events", [9, 14, 25])
-def test_a_killed_run_on_two_ranks_goes_on(launch, iterated, tmp_path, num_events):
+def test_a_killed_run_on_two_ranks_goes_on(launch, alone, tmp_path, num_events):
     """Killed with all its processes once the journal has so many lines."""
     options = CASES["linear"]
     process = launch(*options)
@@ -118,8 +136,8 @@ def test_a_killed_run_on_two_ranks_goes_on(launch, iterated, tmp_path, num_event
         time.sleep(0.005)
     assert process.wait() != 0, process.communicate()
     finish(launch(*options, "--resume"))
-    alone = iterated(*options)
-    assert_same(type(alone)(0, "", "", tmp_path / "ranks"), alone)
+    expected = alone(*options)
+    assert_same(type(expected)(0, "", "", tmp_path / "ranks"), expected)
 
 
 def kill_rank_1(process: subprocess.Popen[str], folder: Path, *, num_commits: int) -> None:
@@ -137,16 +155,16 @@ def kill_rank_1(process: subprocess.Popen[str], folder: Path, *, num_commits: in
 
 
 @pytest.mark.faults
-def test_a_killed_rank_is_recovered_once(launch, iterated, tmp_path):
+def test_a_killed_rank_is_recovered_once(launch, alone, tmp_path):
     options = (*CASES["linear"], "--enable-auto-recovery")
     process = launch(*options)
     kill_rank_1(process, tmp_path, num_commits=1)
     output = finish(process)
     assert "was killed by SIGKILL while it worked on fr-FR" in output
     assert "the run goes on from its last commit\n" in output
-    alone = iterated(*CASES["linear"])
-    ranks = type(alone)(0, "", "", tmp_path / "ranks")
-    assert_same(ranks, alone)
+    expected = alone(*CASES["linear"])
+    ranks = type(expected)(0, "", "", tmp_path / "ranks")
+    assert_same(ranks, expected)
     [alert] = [a for a in ranks.read("training_alerts.json")["alerts"] if a["kind"] == "participant_failed"]
     assert alert["participant"] == "fr-FR"
     assert "goes on from its last checkpoint" in alert["message"]
@@ -155,12 +173,12 @@ def test_a_killed_rank_is_recovered_once(launch, iterated, tmp_path):
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize("num_commits", [0, 1])
-def test_the_locale_of_a_killed_rank_is_left_out(launch, iterated, tmp_path, num_commits):
+def test_the_locale_of_a_killed_rank_is_left_out(launch, alone, tmp_path, num_commits):
     process = launch(*CASES["gate"])
     kill_rank_1(process, tmp_path, num_commits=num_commits)
     output = finish(process)
     assert "the run goes on from its last commit, without fr-FR" in output
-    ranks = type(iterated(*CASES["gate"]))(0, "", "", tmp_path / "ranks")
+    ranks = type(alone(*CASES["gate"]))(0, "", "", tmp_path / "ranks")
     assert "fr-FR failed" in output
     assert set(ranks.merges[-1]["participants"]) == {"en-US", "de-DE"}
     assert (ranks.folder / "de-DE" / "final_model").is_dir()
@@ -170,7 +188,7 @@ def test_the_locale_of_a_killed_rank_is_left_out(launch, iterated, tmp_path, num
 
 
 @pytest.mark.slow
-def test_interrupted_on_two_ranks(launch, iterated, tmp_path):
+def test_interrupted_on_two_ranks(launch, alone, tmp_path):
     options = CASES["linear"]
     process = launch(*options)
     journal = tmp_path / "ranks" / "journal.jsonl"
@@ -180,8 +198,8 @@ def test_interrupted_on_two_ranks(launch, iterated, tmp_path):
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 75, output
     finish(launch(*options, "--resume"))
-    alone = iterated(*options)
-    assert_same(type(alone)(0, "", "", tmp_path / "ranks"), alone)
+    expected = alone(*options)
+    assert_same(type(expected)(0, "", "", tmp_path / "ranks"), expected)
 
 
 def test_more_ranks_than_locales_is_refused(iterate, tmp_path):
