@@ -80,6 +80,8 @@ def outcome(output_dir: Path) -> dict:
     assert files, "no weights"
     return {
         "files": files,
+        # A stop in mid-epoch leaves a checkpoint of its own, which may be among those that are kept.
+        "lasting": {place: digests for place, digests in files.items() if "/checkpoints/" not in place},
         "steps": [row[1:] if row[0] in (None, "model") else row for row in steps],
         "evaluations": evaluations,
         "story": [

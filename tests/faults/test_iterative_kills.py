@@ -110,5 +110,5 @@ def test_sigterm_commits_and_continues(run_kills):
     whole, *stopped = run_kills([{"seconds": 1.5, "signal": 15}, {"seconds": 3.0, "signal": 2}])
     for result in stopped:
         assert result["statuses"] in ([75, 0], [0]), result
-        assert result["outcome"]["files"] == whole["outcome"]["files"]
+        assert result["outcome"]["lasting"] == whole["outcome"]["lasting"]
         assert result["outcome"]["steps"] == whole["outcome"]["steps"]

@@ -115,5 +115,5 @@ def test_sigterm_commits_and_continues(run_kills):
     for result in stopped:
         assert result["statuses"] in ([75, 0], [0]), result
         outcome = result["outcome"]
-        assert outcome["files"] == whole["outcome"]["files"]
+        assert outcome["lasting"] == whole["outcome"]["lasting"]
         assert outcome["steps"] == whole["outcome"]["steps"]
