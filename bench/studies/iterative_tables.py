@@ -30,8 +30,8 @@ def as_markdown(found: dict[str, Any]) -> str:
     lines = [
         "# Merging while training: points of test accuracy over own training without a merge",
         "",
-        f"`{found['command']}`, {found['seconds']['sum'] / 60:.0f} minutes of runs, two at a time. Mean over locales, 95 %"
-        " interval of a paired bootstrap over rows and seeds; verdicts count locales.",
+        f"`{found['command']}`, {found['seconds']['sum'] / 60:.0f} minutes of runs, two at a time. Mean over"
+        " locales, 95 % interval of a paired bootstrap over rows and seeds; verdicts count locales.",
         "",
         *summary_table(ways, *found["num_rows"]),
         "",

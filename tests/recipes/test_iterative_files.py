@@ -163,3 +163,13 @@ def test_the_comparison_reads_the_test_split(lora, intent_data):
         for line in (intent_data / "en-US" / "test.jsonl").read_text().splitlines()
     ]
     assert outcomes["expected"].tolist() == labels
+
+
+def test_the_last_merge_is_not_what_was_trained_after_it(iterated):
+    """Where nothing was, it is: then it is not measured again."""
+    for epochs, is_the_same in ((2, True), (3, False)):
+        folder = iterated("--max-epochs", epochs, "--merge-frequency", 2).folder / "comparison"
+        losses = [
+            np.load(folder / arm / "fr-FR" / "fr-FR.npz")["loss"] for arm in ("iterative", "last_merge")
+        ]
+        assert np.array_equal(*losses) == is_the_same

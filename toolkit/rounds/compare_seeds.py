@@ -51,10 +51,13 @@ def pooled(config: CompareSeedsConfig) -> dict[str, Any]:
     journals = [_journal(folder) for folder in config.runs]
     options = [journal.records("created")[0]["config"] for journal in journals]
     _check_alike(config.runs, journals, options)
-    from toolkit.rounds.comparison import compare
+    from toolkit.rounds.comparison import compare, metric_of
     from toolkit.rounds.outcome_files import OutcomeFiles, arms_of
 
-    metric, locales = _metric(config.metric, options[0]), options[0]["locales"]
+    asked, task = options[0]["metric"] if config.metric == "auto" else config.metric, options[0]["task"]
+    metric, locales = metric_of(asked, task), options[0]["locales"]
+    if metric != "loss" and task != "sequence-classification":
+        raise InputError(f"--metric {metric} is for classifiers, and these are runs of {task}")
     of_runs = [arms_of(OutcomeFiles(folder / "comparison"), locales, metric) for folder in config.runs]
     measured: dict[str, dict[str, list[Any]]] = {}
     for locale in locales:
@@ -79,15 +82,6 @@ def pooled(config: CompareSeedsConfig) -> dict[str, Any]:
         "seeds": [of_run["seed"] for of_run in options],
         "runs": [str(folder) for folder in config.runs],
     }
-
-
-def _metric(asked: str, options: dict[str, Any]) -> Any:
-    metric = options["metric"] if asked == "auto" else asked
-    if metric == "auto":
-        metric = "accuracy" if options["task"] == "sequence-classification" else "loss"
-    if metric != "loss" and options["task"] != "sequence-classification":
-        raise InputError(f"--metric {metric} is for classifiers, and these are runs of {options['task']}")
-    return metric
 
 
 def _journal(folder: Path) -> Journal:

@@ -45,6 +45,13 @@ Outcomes = Mapping[str, Mapping[str, Sequence[RowOutcomes]]]
 """outcomes[locale][arm]: one for each seed, in the order of the seeds."""
 
 
+def metric_of(asked: str, task: str) -> Any:
+    """The metric that models are compared by; ``auto``: accuracy of a classifier, loss of a language model."""
+    if asked != "auto":
+        return asked
+    return "accuracy" if task == "sequence-classification" else "loss"
+
+
 def best_source(candidates: Mapping[str, RowOutcomes], metric: Metric) -> str | None:
     """The model that is best on the rows of a locale, the first one of equals; None without candidates.
 

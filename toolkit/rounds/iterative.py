@@ -19,7 +19,7 @@ from toolkit.reporting import environment
 from toolkit.reporting.records import RunStart
 from toolkit.rounds.baselines import Baselines
 from toolkit.rounds.checkpoints import CheckpointStore
-from toolkit.rounds.comparison import compare, comparison_record
+from toolkit.rounds.comparison import compare, comparison_record, metric_of
 from toolkit.rounds.hand_over import HandOver
 from toolkit.rounds.locale_rows import LocaleRows, prepare_locales
 from toolkit.rounds.loop import COMMIT, RoundLoop
@@ -298,9 +298,7 @@ class IterativeRun(Run):
     # The comparison
 
     def _compare(self) -> None:
-        metric = self.config.metric
-        if metric == "auto":
-            metric = "accuracy" if self.config.task == "sequence-classification" else "loss"
+        metric = metric_of(self.config.metric, self.config.task)
         measured, sources = arms_of(self.outcomes, self.config.locales, metric)
         if measured:
             found = compare(

@@ -306,7 +306,7 @@ class RoundLoop:
         if can_recover:
             assert self._rebuild is not None
             restored = Standing(**commits[-1]["standings"][participant.name])
-            restored.num_failures = standing.num_failures + 1
+            restored.num_failures, restored.killings = standing.num_failures + 1, standing.killings
             self._rebuild(participant)
             participant.standing = restored
             participant.trainer.start(self._checkpoint(participant, commits[-1]))
@@ -326,6 +326,7 @@ class RoundLoop:
         goes_on = standing.num_failures <= num_recoveries(self.config)
         if not goes_on:
             standing.status, standing.error = "failed", new[-1].reason
+            participant.trainer.close()  # its optimizer too: memory may have been the reason
         self._record_failure(participant, participant.trainer.step, new[-1].reason, goes_on)
 
     def _record_failure(self, participant: Participant, step: int, text: str, can_recover: bool) -> None:
