@@ -5,8 +5,10 @@ VENV_PYTHON := .venv/bin/python
 
 # The tests need no model hub and leave the user's own caches alone.
 TEST_ENVIRONMENT = HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HOME="$(CURDIR)/.cache/huggingface" \
-	TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
+	TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 PYTEST = $(TEST_ENVIRONMENT) $(VENV_PYTHON) -m pytest
+# Most tests keep one core busy at a time. A file's tests stay on one worker: they share what its fixtures built.
+WORKERS ?= 2
 SHELL_SCRIPTS = $(wildcard scripts/*.sh bench/*.sh) .ci/run
 
 .DEFAULT_GOAL := help
@@ -39,7 +41,7 @@ types: setup ## pyright
 	$(VENV_PYTHON) -m pyright
 
 pytest: setup
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 test-gpu: setup ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
