@@ -12,7 +12,8 @@ MeldkitError                    exit status 1
 │   ├── NonFiniteLossError      the loss became NaN or infinite
 │   ├── CheckpointError         a checkpoint is damaged, foreign or missing
 │   ├── MergeError              a merge cannot give a sound result, or its output is not what was written
-│   └── WorldSizeError          the processes or devices are not those that the plan asked for
+│   ├── WorldSizeError          the processes or devices are not those that the plan asked for
+│   └── BackendError            what trains is not what was asked for, and would not say so by itself
 └── Interrupted                 exit status 75: SIGINT or SIGTERM; the run can be resumed
 
 A message says what is wrong, where (file and line, tensor, round, participant) and what to do.
@@ -107,6 +108,10 @@ class MergeError(RunError):
 
 
 class WorldSizeError(RunError):
+    pass
+
+
+class BackendError(RunError):
     pass
 
 

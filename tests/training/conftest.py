@@ -117,7 +117,7 @@ def make_config():
 def build(tmp_path, tiny_tokenizer, make_config, make_rows):
     """Build a participant's trainer: build(name, model, adapter=..., rows=..., **config)."""
     from toolkit.data.collate import Collator
-    from toolkit.training.contract import TrainerSetup, build_trainer
+    from toolkit.training.contract import TrainerSetup, find_backend
 
     def make(
         name,
@@ -148,6 +148,6 @@ def build(tmp_path, tiny_tokenizer, make_config, make_rows):
             on_step=steps.append,
             stop_requested=stop,
         )
-        return SimpleNamespace(trainer=build_trainer("hf", setup), steps=steps)
+        return SimpleNamespace(trainer=find_backend("hf").build_trainer(setup), steps=steps)
 
     return make

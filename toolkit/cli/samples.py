@@ -1,10 +1,14 @@
 """The sample models and data that a configuration names (``sample:NAME``)."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+from toolkit.cache_folder import cache_folder
 from toolkit.cli.files import MODEL_OPTIONS, named_sources
-from toolkit.collection import SAMPLE_PREFIX
+from toolkit.collection import SAMPLE_PREFIX, is_there
+from toolkit.errors import MeldkitError
 from toolkit.terminal import err
 
 
@@ -31,7 +35,24 @@ def make_samples(config: Any) -> None:
     from toolkit.modeling.samples import catalog as models
 
     for option, source in _samples(config):
-        (models if option in MODEL_OPTIONS else data).sample_folder(source, announce=err)
+        if option not in MODEL_OPTIONS:
+            data.sample_folder(source, announce=err)
+        elif getattr(config, "backend", None) == "unsloth":
+            _make_model_apart(source)
+        else:
+            models.sample_folder(source, announce=err)
+
+
+def _make_model_apart(source: str) -> None:
+    """Make a sample model in a process of its own: it takes transformers, and Unsloth has to come before that."""
+    from toolkit.modeling.samples.catalog import sample_name
+
+    name = str(sample_name(source))
+    if is_there(cache_folder() / "models" / name):
+        return
+    command = [sys.executable, "-m", "toolkit", "models", name]
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode != 0:
+        raise MeldkitError(f"{source} could not be made; the reason stands above")
 
 
 def _samples(config: Any) -> Iterator[tuple[str, str]]:

@@ -25,6 +25,7 @@ from toolkit.terminal import BOLD, out, styled
 CONFIG_NAME = "experiment_config.json"
 RUNS = {
     "centralized-hf": "toolkit.rounds.centralized",
+    "centralized-unsloth": "toolkit.rounds.centralized",
     "iterative-merge": "toolkit.rounds.iterative",
 }
 """Where each recipe is run: a module with ``run(config, plan) -> exit status``, imported once it begins."""
@@ -80,6 +81,10 @@ def _check_inputs(config: Any, recipe: str) -> None:
 
         check_languages(config)
     check_samples(config)
+    if config.backend == "unsloth":
+        from toolkit.training.unsloth_process import check_installation
+
+        check_installation()
     for error in missing_trackers(config):
         raise error
 
@@ -99,10 +104,15 @@ def _run(recipe: str, config: Any, argv: list[str], on_begin: Callable[[], None]
         return launch(plan, recipe, argv, on_kill)
     # Read by torch, accelerate and DeepSpeed while they are imported.
     os.environ.update(plan.environment())
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a run sends nothing anywhere; TRL would
     on_begin()
     from toolkit.reporting.libraries import quiet_libraries
 
     with quiet_libraries(config.log_level):
+        if config.backend == "unsloth":
+            from toolkit.training.unsloth_process import enter_unsloth
+
+            enter_unsloth(plan.device)
         return importlib.import_module(RUNS[recipe]).run(config, plan)
 
 

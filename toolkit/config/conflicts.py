@@ -116,6 +116,16 @@ def _classification(config: BaseModel) -> Iterator[Conflict]:
             yield Conflict((name,), (name, "task"), reason)
 
 
+def _unsloth(config: BaseModel) -> Iterator[Conflict]:
+    if value_of(config, "backend") != "unsloth":
+        return
+    if value_of(config, "task") == "sequence-classification":
+        yield Conflict(("backend",), ("backend", "task"), "'unsloth' trains language models; task: causal-lm")
+    if value_of(config, "deepspeed") is not None:
+        message = "is not for backend: unsloth, which trains on several GPUs as plain data-parallel processes"
+        yield Conflict(("deepspeed",), ("deepspeed", "backend"), message)
+
+
 def _samples(config: BaseModel) -> Iterator[Conflict]:
     if given(config, "sample_system_prompt") and not value_of(config, "sample_prompts"):
         names = ("sample_system_prompt", "sample_prompts")
@@ -165,6 +175,7 @@ RULES: list[Rule] = [
     _data,
     _division,
     _classification,
+    _unsloth,
     _samples,
     _launch,
     _trainer,

@@ -261,6 +261,9 @@ class DataOptions(RowOptions, PreparationOptions, BatchOptions):
 class TrainingOptions(Options):
     """Training"""
 
+    backend: Literal["hf", "unsloth"] = "hf"
+    """What trains: transformers, TRL and PEFT, or the same run with Unsloth, which is for language models."""
+
     max_epochs: float = Field(3.0, gt=0)
     """Passes over the training data."""
 

@@ -27,6 +27,13 @@ class CentralizedConfig(
     """Train one model on all the data, in one place."""
 
 
+class CentralizedUnslothConfig(CentralizedConfig):
+    """Train one model on all the data, in one place, with Unsloth."""
+
+    backend: Literal["unsloth"] = "unsloth"
+    """What trains."""
+
+
 class IterativeConfig(
     IterativeOptions,
     ModelOptions,
@@ -116,6 +123,7 @@ class IterativeConfig(
 
 RECIPES: dict[str, type[Options]] = {
     "centralized-hf": CentralizedConfig,
+    "centralized-unsloth": CentralizedUnslothConfig,
     "iterative-merge": IterativeConfig,
 }
 """Configuration class of each recipe."""

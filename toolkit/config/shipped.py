@@ -13,8 +13,13 @@ PACKAGE_FOLDER = Path(toolkit.__file__).parent
 FOLDERS = (PACKAGE_FOLDER / "recipe_files", PACKAGE_FOLDER.parent / "recipes" / "configs")
 
 
+SHARED = {"centralized-unsloth": "centralized-hf"}
+"""Recipes that differ in their backend have one file."""
+
+
 def shipped_file(recipe: str) -> Path | None:
     """Return the configuration file of a recipe, or None when it has none. Dashes and underscores are the
     same."""
-    name = recipe.replace("-", "_") + ".yaml"
+    recipe = recipe.replace("_", "-")
+    name = SHARED.get(recipe, recipe).replace("-", "_") + ".yaml"
     return next((folder / name for folder in FOLDERS if (folder / name).is_file()), None)

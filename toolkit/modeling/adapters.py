@@ -51,6 +51,26 @@ def lora_config(model: Any, config: Any) -> LoraConfig:
     )
 
 
+def target_modules(base: Any, targets: str | list[str]) -> list[str]:
+    """Names of the linear layers of a language model that get an adapter, as PEFT chooses them.
+
+    Args:
+        base: without adapters.
+        targets: all-linear (all but the output layer), endings of names, or a regular expression.
+    """
+    head = base.get_output_embeddings()
+    linear = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and (targets != "all-linear" or module is not head)
+    ]
+    if targets == "all-linear":
+        return linear
+    if isinstance(targets, str):
+        return [name for name in linear if re.fullmatch(targets, name)]
+    return [name for name in linear if any(name == t or name.endswith(f".{t}") for t in targets)]
+
+
 def _check_name(model: Any, name: str) -> None:
     """PEFT finds an adapter's tensors by its name between dots, and keeps them in a ModuleDict."""
     own = {part for module, _ in model.named_parameters() for part in module.split(".")}

@@ -66,7 +66,7 @@ def load_base(
     source = find_model(config.model)
     model_config = load_model_config(config)
     keywords: dict[str, Any] = {
-        "dtype": _dtype(config, plan),
+        "dtype": base_dtype(config, plan),
         "attn_implementation": "sdpa" if config.attn_implementation == "auto" else config.attn_implementation,
     }
     model_class: Any = AutoModelForCausalLM
@@ -120,7 +120,8 @@ def quantization_config(config: Any, plan: Any) -> BitsAndBytesConfig | None:
     )
 
 
-def _dtype(config: Any, plan: Any) -> Any:
+def base_dtype(config: Any, plan: Any) -> Any:
+    """``--dtype`` as torch's type, or "auto": the checkpoint's own."""
     if config.dtype == "auto":
         return "auto" if plan.device == "cuda" and config.finetuning == "lora" else torch.float32
     return getattr(torch, config.dtype)

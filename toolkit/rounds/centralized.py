@@ -14,8 +14,7 @@ from toolkit.data.tokenizer import load_tokenizer
 from toolkit.errors import LaunchError
 from toolkit.evaluation.answers import answer
 from toolkit.launch.plan import LaunchPlan
-from toolkit.modeling.adapters import add_adapter
-from toolkit.modeling.load import load_base, load_model_config
+from toolkit.modeling.load import load_model_config
 from toolkit.modeling.source import find_model, model_fingerprint
 from toolkit.reporting import environment
 from toolkit.reporting.records import CheckpointRecord, RunStart, SampleRecord
@@ -27,16 +26,20 @@ from toolkit.rounds.run_directory import RunDirectory
 from toolkit.rounds.summary import configuration_rows, result_rows
 from toolkit.rounds.team import Team
 from toolkit.training.arguments import build_arguments
-from toolkit.training.contract import ParticipantTrainer, StepStatistics, TrainerSetup, build_trainer
+from toolkit.training.contract import ParticipantTrainer, StepStatistics, TrainerSetup, find_backend
 from toolkit.training.world import assert_world, training_arguments
 
 PARTICIPANT = "model"
-RECIPE = "centralized-hf"
 
 
 def run(config: Any, plan: LaunchPlan) -> int:
     """Train one model on all the data; returns the exit status."""
-    return run_in_directory(CentralizedRun, RECIPE, config, plan)
+    return run_in_directory(CentralizedRun, _recipe_of(config), config, plan)
+
+
+def _recipe_of(config: Any) -> str:
+    """The recipe that runs, which --backend may make another than the one that was named."""
+    return f"centralized-{config.backend}"
 
 
 class CentralizedRun(Run):
@@ -45,7 +48,7 @@ class CentralizedRun(Run):
     def __init__(
         self, config: Any, plan: LaunchPlan, directory: RunDirectory, processes: Any, team: Team
     ) -> None:
-        super().__init__(RECIPE, config, plan, directory, processes, team)
+        super().__init__(_recipe_of(config), config, plan, directory, processes, team)
         self.store = CheckpointStore(
             directory.path,
             PARTICIPANT,
@@ -118,7 +121,8 @@ class CentralizedRun(Run):
         if self.plan.zero_stage == 3:
             sharding = build_arguments(config, world, self.store.staging, seed=config.seed)
         transformers.set_seed(config.seed)
-        model = load_base(
+        backend = find_backend(config.backend)
+        model = backend.load_base(
             config,
             self.plan,
             label_names=prepared.label_names,
@@ -127,7 +131,7 @@ class CentralizedRun(Run):
         )
         is_lora = config.finetuning == "lora"
         if is_lora:
-            model = add_adapter(model, config, autocast_dtype=self.plan.zero_stage != 3)
+            model = backend.add_adapter(model, config, autocast_dtype=self.plan.zero_stage != 3)
         del sharding
         setup = TrainerSetup(
             name=PARTICIPANT,
@@ -149,7 +153,7 @@ class CentralizedRun(Run):
             on_step=self._on_step,
             stop_requested=self.stop,
         )
-        trainer = build_trainer("hf", setup)
+        trainer = backend.build_trainer(setup)
         assert_world(self.plan, trainer.accelerator)
         return trainer
 
@@ -162,6 +166,8 @@ class CentralizedRun(Run):
         self.listener.handle(self._run_start(prepared, trainer))
         for note in self.plan.notes:
             self.say("debug", note)
+        for note in trainer.notes:
+            self.say("warning", note)
         report = prepared.report
         for problem in report.problems:
             self.say("warning", f"data check, skipped as asked: {problem}")
@@ -251,7 +257,7 @@ class CentralizedRun(Run):
             tokenizer,
             config=self.config,
             plan=self.plan,
-            recipe=RECIPE,
+            recipe=self.recipe,
             label_names=prepared.label_names,
             rows=rows,
             processes=self.processes,
@@ -261,7 +267,7 @@ class CentralizedRun(Run):
 
     def _run_start(self, prepared: Prepared, trainer: Any) -> RunStart:
         return RunStart(
-            recipe=RECIPE,
+            recipe=self.recipe,
             title=self.config.run_name or self.directory.path.name,
             rows=configuration_rows(self.config, self.plan, prepared, trainer),
             num_steps=trainer.num_steps,

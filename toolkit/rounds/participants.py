@@ -12,10 +12,8 @@ import transformers
 from toolkit.data.collate import Collator
 from toolkit.data.prepare import Prepared
 from toolkit.launch.plan import LaunchPlan
-from toolkit.modeling.adapters import add_adapter
-from toolkit.modeling.load import load_base
 from toolkit.rounds.checkpoints import CheckpointStore
-from toolkit.training.contract import ParticipantTrainer, StepStatistics, TrainerSetup, build_trainer
+from toolkit.training.contract import ParticipantTrainer, StepStatistics, TrainerSetup, find_backend
 from toolkit.training.world import assert_world, training_arguments
 
 _IN_BETWEEN = "in-between"
@@ -112,6 +110,7 @@ class TrainerFactory:
         self.label_names = label_names
         self._plan = plan
         self._processes = processes
+        self._backend = find_backend(config.backend)
         self._is_lora = config.finetuning == "lora"
         self._shared: Any = None
         """The base with the adapters of all participants on it (LoRA)."""
@@ -159,7 +158,7 @@ class TrainerFactory:
             stop_requested=stop_requested,
             seed=seed_of(seed_name or name, config.seed),
         )
-        trainer = build_trainer("hf", setup)
+        trainer = self._backend.build_trainer(setup)
         assert_world(self._plan, trainer.accelerator)
         return trainer
 
@@ -184,17 +183,17 @@ class TrainerFactory:
             self._shared = self._load_base()
             transformers.set_seed(self.config.seed)
         if adapter in self._unused:  # the last one, whose name comes back
-            self._shared = add_adapter(self._shared, self.config, name=_IN_BETWEEN)
+            self._shared = self._backend.add_adapter(self._shared, self.config, name=_IN_BETWEEN)
             self._delete_unused()
             self._unused.append(_IN_BETWEEN)
             transformers.set_seed(self.config.seed)
-        self._shared = add_adapter(self._shared, self.config, name=adapter)
+        self._shared = self._backend.add_adapter(self._shared, self.config, name=adapter)
         self._delete_unused()
         self._shared.set_adapter(adapter)
         return self._shared
 
     def _load_base(self) -> Any:
-        model = load_base(
+        model = self._backend.load_base(
             self.config,
             self._plan,
             label_names=self.label_names,

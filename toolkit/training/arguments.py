@@ -14,7 +14,23 @@ from toolkit.errors import ConfigError
 
 
 def build_arguments(config: Any, world: Mapping[str, Any], staging: Path, *, seed: int) -> TrainingArguments:
-    """SFTConfig for a language model, TrainingArguments for a classifier.
+    """SFTConfig for a language model, TrainingArguments for a classifier, with :func:`asked_arguments`.
+
+    Raises:
+        ConfigError: an option or ``trainer_args`` has a value that the installed version refuses.
+    """
+    arguments_class = SFTConfig if config.task == "causal-lm" else TrainingArguments
+    values = asked_arguments(config, world, staging, seed=seed)
+    try:
+        return arguments_class(**values)
+    except (TypeError, ValueError) as error:
+        named = _options_named_in(str(error)) or (["trainer_args"] if config.trainer_args else [])
+        where = f"{', '.join(named)}: " if named else ""
+        raise ConfigError([f"{where}the installed {arguments_class.__name__} refuses: {error}"]) from error
+
+
+def asked_arguments(config: Any, world: Mapping[str, Any], staging: Path, *, seed: int) -> dict[str, Any]:
+    """The arguments of the trainer, by name.
 
     Logging, evaluation and checkpoints are switched off in the Trainer: the recipe's loop decides when they happen.
 
@@ -23,12 +39,8 @@ def build_arguments(config: Any, world: Mapping[str, Any], staging: Path, *, see
         world: what the launch plan decides (``toolkit.training.world.training_arguments``).
         staging: folder into which the Trainer writes checkpoints that are not committed yet.
         seed: of the participant.
-
-    Raises:
-        ConfigError: an option or ``trainer_args`` has a value that the installed version refuses.
     """
     causal = config.task == "causal-lm"
-    arguments_class = SFTConfig if causal else TrainingArguments
     values: dict[str, Any] = {
         "output_dir": str(staging),
         "num_train_epochs": config.max_epochs,
@@ -54,7 +66,7 @@ def build_arguments(config: Any, world: Mapping[str, Any], staging: Path, *, see
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "label_names": ["labels"],
-        **_checkpointing(arguments_class, config),
+        **_checkpointing(SFTConfig if causal else TrainingArguments, config),
         **world,
     }
     if causal:
@@ -67,13 +79,7 @@ def build_arguments(config: Any, world: Mapping[str, Any], staging: Path, *, see
             "lm_head" in config.lora_target_modules
         ):  # the chunked loss reads the head's weight past its adapter
             values["loss_type"] = "nll"
-    values |= config.trainer_args
-    try:
-        return arguments_class(**values)
-    except (TypeError, ValueError) as error:
-        named = _options_named_in(str(error)) or (["trainer_args"] if config.trainer_args else [])
-        where = f"{', '.join(named)}: " if named else ""
-        raise ConfigError([f"{where}the installed {arguments_class.__name__} refuses: {error}"]) from error
+    return values | config.trainer_args
 
 
 def _options_named_in(text: str) -> list[str]:

@@ -6,7 +6,7 @@ position stay as they are. Many trainers live side by side on one base; whicheve
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +84,11 @@ class ParticipantTrainer(Protocol):
     """One participant's training, paused between calls."""
 
     name: str
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the backend does otherwise than it was asked to, a sentence each; a run records them as warnings."""
+        ...
 
     @property
     def step(self) -> int:
@@ -225,29 +230,57 @@ class ParticipantTrainer(Protocol):
         ...
 
 
-Backend = Callable[[TrainerSetup], ParticipantTrainer]
+class Backend(Protocol):
+    """A way to train: bases, adapters and trainers that belong together."""
+
+    def load_base(
+        self,
+        config: Any,
+        plan: Any,
+        *,
+        label_names: list[str] | None = None,
+        pad_token_id: int | None = None,
+        local_rank: int = 0,
+    ) -> Any:
+        """The base model with its weights; arguments and errors of :func:`toolkit.modeling.load.load_base`."""
+        ...
+
+    def add_adapter(
+        self, model: Any, config: Any, *, name: str = "default", autocast_dtype: bool = True
+    ) -> Any:
+        """Put a new adapter on it; see :func:`toolkit.modeling.adapters.add_adapter`."""
+        ...
+
+    def build_trainer(self, setup: TrainerSetup) -> ParticipantTrainer:
+        """Build the trainer of a participant whose model comes from this backend."""
+        ...
+
+
 _B = TypeVar("_B", bound=Backend)
+_MODULES = {"hf": "toolkit.training.hf", "unsloth": "toolkit.training.unsloth"}
+"""Of the backends that are here; each registers itself. They are imported when one is asked for: it takes seconds,
+and a process has Unsloth or does not."""
 _BACKENDS: dict[str, Backend] = {}
 
 
-def trainer_backend(name: str) -> Callable[[_B], _B]:
-    """Register a backend under ``name``."""
+def trainer_backend(name: str) -> Callable[[type[_B]], type[_B]]:
+    """Register a class of backends under ``name``."""
 
-    def register(build: _B) -> _B:
-        _BACKENDS[name] = build
-        return build
+    def register(backend: type[_B]) -> type[_B]:
+        _BACKENDS[name] = backend()
+        return backend
 
     return register
 
 
-def build_trainer(backend: str, setup: TrainerSetup) -> ParticipantTrainer:
-    """Build a participant's trainer with the backend of that name.
+def find_backend(name: str) -> Backend:
+    """The backend of that name.
 
     Raises:
         InputError: there is no such backend.
     """
-    if backend == "hf" and backend not in _BACKENDS:
-        importlib.import_module("toolkit.training.hf")  # registers itself; takes seconds
-    if backend not in _BACKENDS:
-        raise InputError(f"unknown trainer backend {backend!r}; there are: {', '.join(sorted(_BACKENDS))}")
-    return _BACKENDS[backend](setup)
+    if name not in _BACKENDS and name in _MODULES:
+        importlib.import_module(_MODULES[name])
+    if name not in _BACKENDS:
+        raise InputError(f"unknown trainer backend {name!r}; there are: {', '.join(sorted(_MODULES))}")
+    return _BACKENDS[name]

@@ -5,7 +5,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from toolkit.durable import write_json
 from toolkit.errors import CheckpointError, DataError, RunError
 from toolkit.evaluation.held_out import evaluate_rows
 from toolkit.evaluation.outcomes import RowOutcomes, metrics
+from toolkit.modeling.adapters import add_adapter
+from toolkit.modeling.load import load_base
 from toolkit.modeling.moments import unbiased_second_moments
 from toolkit.modeling.states import (
     load_trained_state,
@@ -65,9 +67,10 @@ class _Boundary(TrainerCallback):
             self._owner.end_step(logs)
 
 
-@trainer_backend("hf")
 class HFTrainer:
     """A :class:`~toolkit.training.contract.ParticipantTrainer` on transformers and TRL."""
+
+    notes: Sequence[str] = ()
 
     def __init__(self, setup: TrainerSetup) -> None:
         self.name = setup.name
@@ -344,3 +347,12 @@ class HFTrainer:
                 f"{checkpoint} is a checkpoint of {position['participant']}, not of {self.name}"
             )
         self._trainer.accounting.load(position["totals"])
+
+
+@trainer_backend("hf")
+class HFBackend:
+    """transformers, TRL and PEFT as they are."""
+
+    load_base = staticmethod(load_base)
+    add_adapter = staticmethod(add_adapter)
+    build_trainer = HFTrainer

@@ -13,7 +13,7 @@ from toolkit.errors import DataError
 from toolkit.merging.fisher import estimate_fisher
 from toolkit.modeling.adapters import add_adapter
 from toolkit.rounds.merging import participant_fisher
-from toolkit.training.contract import TrainerSetup, build_trainer
+from toolkit.training.contract import TrainerSetup, find_backend
 
 LORA = {"finetuning": "lora", "lora_r": 2, "lora_alpha": 4, "lora_dropout": 0.1}
 
@@ -66,7 +66,7 @@ def trainer_of(tmp_path, tiny_model):
             staging=tmp_path / f"staging-{name}",
             on_step=lambda step: None,
         )
-        trainer = build_trainer("hf", setup)
+        trainer = find_backend("hf").build_trainer(setup)
         trainer.start()
         trainers.append(trainer)
         return SimpleNamespace(trainer=trainer, model=model)
