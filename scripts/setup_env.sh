@@ -6,12 +6,12 @@
 # An installation that was killed leaves .venv/.meldkit-unfinished behind and the next call begins anew.
 #
 #   PYTHON=python3.12   the interpreter (default: the first of python3, python3.11, python3.12, python3.13 that fits)
-#   EXTRAS=dev          the extras of pyproject.toml to install (default: dev,deepspeed)
+#   EXTRAS=dev          the extras of pyproject.toml to install (default: dev,deepspeed,unsloth)
 #   TORCH=cpu|cuda      the build of torch (default: cuda where an NVIDIA device is found)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly EXTRAS="${EXTRAS-dev,deepspeed}"
+readonly EXTRAS="${EXTRAS-dev,deepspeed,unsloth}"
 readonly VENV=.venv
 readonly VENV_PYTHON=$VENV/bin/python
 readonly STAMP=$VENV/.meldkit-setup
@@ -127,11 +127,21 @@ step() { # $1 what, the rest: the command
 }
 
 install_package() {
-    local package=(--editable ".${EXTRAS:+[$EXTRAS]}")
+    local extras=",$EXTRAS,"
+    extras=${extras/,unsloth,/,unsloth-needs,} # itself comes later
+    extras=${extras//,,/,} extras=${extras#,} extras=${extras%,}
+    local package=(--editable ".${extras:+[$extras]}")
     if [[ $(installed_torch) == *+cpu ]]; then # other builds name their own triton
         package+=(--constraint constraints-cpu.txt)
     fi
     pip_install "${package[@]}" || explain_and_fail "meldkit and its dependencies"
+}
+
+install_unsloth() { # without its dependencies: see unsloth-needs in pyproject.toml
+    if [[ $(installed_torch) != *+cpu ]]; then # on a CPU they must not be there
+        pip_install torchvision xformers || echo "      torchvision or xformers not within reach: Unsloth may be slower"
+    fi
+    pip_install --no-deps unsloth unsloth_zoo || explain_and_fail "unsloth"
 }
 
 make_venv() { # $1: an option of venv
@@ -174,6 +184,7 @@ rm -f "$STAMP"
 : >"$LOG"
 step "torch" install_torch "$build"
 step "meldkit and its dependencies" install_package
+if [[ ",$EXTRAS," == *,unsloth,* ]]; then step "Unsloth" install_unsloth; fi
 digest "$version" "$build" >"$STAMP.new"
 mv "$STAMP.new" "$STAMP"
 echo "setup: done in $SECONDS s"
