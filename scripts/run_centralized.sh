@@ -12,7 +12,7 @@ Train one model on all the data, in one place.
   --framework unsloth   the same run with Unsloth
   --gpu 0, --gpu 0,1    GPUs to use; on a machine without one the run is on the CPU
 
-Every other option goes on to the recipe. Without any, it trains with the values of
+Every other option goes on to the recipe; both take the same ones. Without any, it trains with the values of
 recipes/configs/centralized_hf.yaml. All of them: meldkit train centralized-hf --help
 
   bash scripts/run_centralized.sh --framework hf --gpu 0 --max-epochs 1 --dry-run
@@ -46,9 +46,6 @@ case $framework in
     hf | unsloth) recipe=$ROOT/recipes/centralized_$framework.py ;;
     *) fail "there is no framework '$framework'" "--framework hf, or --framework unsloth" ;;
 esac
-if [[ ! -f $recipe ]]; then
-    fail "this version has no recipe for --framework $framework yet" "--framework hf trains the same model"
-fi
 python=
 find_python
 # Not `cd $ROOT`: paths among the options are relative to where the user stands.

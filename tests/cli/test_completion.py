@@ -35,7 +35,8 @@ def complete(tmp_path):
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_bash_completes_commands_recipes_options_and_choices(complete):
     assert {"train", "merge", "fisher", "data", "models", "completion"} <= complete('meldkit ""')
-    assert complete("meldkit train centr") == {"centralized-hf"}
+    assert complete("meldkit train centr") == {"centralized-hf", "centralized-unsloth"}
+    assert complete("meldkit train centralized-hf --backend u") == {"unsloth"}
     assert complete("meldkit train centralized-hf --load-in") == {"--load-in-4bit", "--load-in-8bit"}
     assert complete("meldkit train centralized-hf --no-pack") == {"--no-packing"}
     assert complete("meldkit train centralized-hf --quant-type n") == {"nf4"}

@@ -15,7 +15,7 @@ COMMON = {
         "min_trainable_share max_lost_rows max_duplicates max_leaks data_cache length_grouping"
     ),
     "Training": (
-        "max_epochs max_steps batch_size eval_batch_size gradient_accumulation_steps learning_rate "
+        "backend max_epochs max_steps batch_size eval_batch_size gradient_accumulation_steps learning_rate "
         "lr_scheduler warmup_ratio weight_decay max_grad_norm optim gradient_checkpointing seed "
         "eval_every checkpoint_every keep_checkpoints logging_steps dataloader_workers trainer_args"
     ),
@@ -27,6 +27,7 @@ COMMON = {
 }
 PINNED = {
     "centralized-hf": COMMON,
+    "centralized-unsloth": COMMON,
     "iterative-merge": {
         "Locales": "locales* target_languages max_rows_by_locale participants_per_step",
         "Merging": (

@@ -97,6 +97,8 @@ def outcome(output_dir: Path) -> dict:
 def main() -> None:
     tasks = json.loads(Path(sys.argv[1]).read_text())
     recipe = tasks.get("recipe", "centralized-hf")
+    if recipe == "centralized-unsloth":  # which has to come before everything below
+        importlib.import_module("toolkit.training.unsloth_process").enter_unsloth("cpu")
     for module in (
         "toolkit.rounds.centralized",
         "toolkit.rounds.iterative",

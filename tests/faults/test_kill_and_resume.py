@@ -17,7 +17,7 @@ SERVER = Path(__file__).with_name("kill_server.py")
 def run_kills(tmp_path_factory, tiny_model, chat_data):
     """run_kills([{"event": N}, …], **options) → the results; the first one is of the run that was not killed."""
 
-    def run(kills: list[dict], *options: str) -> list[dict]:
+    def run(kills: list[dict], *options: str, recipe: str = "centralized-hf") -> list[dict]:
         folder = tmp_path_factory.mktemp("kills")
         argv = ["--model", tiny_model, "--data", chat_data["train"], "--eval-data", chat_data["valid"]]
         argv += [
@@ -39,7 +39,12 @@ def run_kills(tmp_path_factory, tiny_model, chat_data):
         ]
         argv += ["--checkpoint-every", "2", "--eval-every", "3", *options]
         argv += [] if "full" in options else ["--lora-dropout", "0.1"]
-        tasks = {"argv": list(map(str, argv)), "output_dir": str(folder / "run"), "kills": kills}
+        tasks = {
+            "recipe": recipe,
+            "argv": list(map(str, argv)),
+            "output_dir": str(folder / "run"),
+            "kills": kills,
+        }
         tasks["out"] = str(folder / "results.jsonl")
         (folder / "tasks.json").write_text(json.dumps(tasks))
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -117,3 +122,10 @@ def test_sigterm_commits_and_continues(run_kills):
         outcome = result["outcome"]
         assert outcome["lasting"] == whole["outcome"]["lasting"]
         assert outcome["steps"] == whole["outcome"]["steps"]
+
+
+def test_a_run_with_unsloth(run_kills):
+    """Killed early, in the middle and late, once more while it resumes, and stopped by a signal."""
+    kills: list[dict] = [{"event": number} for number in (120, 280)]
+    kills += [{"event": 200, "again": 60}]
+    check_equal(run_kills(kills, recipe="centralized-unsloth"))

@@ -29,8 +29,8 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "recipes").mkdir()
     for script in SCRIPTS:
         shutil.copy(script, tmp_path / "scripts")
-    recipe = "import os, sys\nprint(os.getcwd(), *sys.argv[1:], sep='|')\nsys.exit(75)\n"
-    for name in ("centralized_hf", "iterative_merge"):
+    for name in ("centralized_hf", "centralized_unsloth", "iterative_merge"):
+        recipe = f"import os, sys\nprint({name!r}, os.getcwd(), *sys.argv[1:], sep='|')\nsys.exit(75)\n"
         (tmp_path / "recipes" / f"{name}.py").write_text(recipe)
     return tmp_path / "scripts" / SCRIPT.name
 
@@ -48,14 +48,22 @@ def test_the_script_is_sound(script: Path) -> None:
     assert checked.returncode == 0, checked.stdout
 
 
-@pytest.mark.parametrize("framework", [[], ["--framework", "hf"], ["--framework=hf"]])
+@pytest.mark.parametrize(
+    ("framework", "recipe"),
+    [
+        ([], "centralized_hf"),
+        (["--framework", "hf"], "centralized_hf"),
+        (["--framework=hf"], "centralized_hf"),
+        (["--framework", "unsloth"], "centralized_unsloth"),
+    ],
+)
 def test_options_go_on_unchanged_from_where_the_user_stands(
-    project: Path, active_environment: dict[str, str], tmp_path: Path, framework: list[str]
+    project: Path, active_environment: dict[str, str], tmp_path: Path, framework: list[str], recipe: str
 ) -> None:
     options = ["--gpu", "0", "--run-name", "two words", "--sample-prompts", "", "--max-epochs", "1"]
     result = run_script(project, *framework, *options, environ=active_environment, cwd=tmp_path / "recipes")
     assert result.returncode == 75  # the recipe's exit status
-    assert result.stdout.rstrip("\n").split("|") == [str(tmp_path / "recipes"), *options]
+    assert result.stdout.rstrip("\n").split("|") == [recipe, str(tmp_path / "recipes"), *options]
 
 
 def test_options_of_iterative_merging_go_on_unchanged(
@@ -65,7 +73,7 @@ def test_options_of_iterative_merging_go_on_unchanged(
     script = project.with_name(ITERATIVE.name)
     result = run_script(script, *options, environ=active_environment, cwd=tmp_path / "recipes")
     assert result.returncode == 75
-    assert result.stdout.rstrip("\n").split("|") == [str(tmp_path / "recipes"), *options]
+    assert result.stdout.rstrip("\n").split("|") == ["iterative_merge", str(tmp_path / "recipes"), *options]
 
 
 def test_help_of_iterative_merging_needs_no_installation(project: Path) -> None:
@@ -85,7 +93,6 @@ def test_help_needs_no_installation(project: Path) -> None:
     [
         (["--framework", "jax"], "there is no framework 'jax'"),
         (["--framework"], "--framework needs a value"),
-        (["--framework", "unsloth", "--gpu", "0"], "no recipe for --framework unsloth yet"),
     ],
 )
 def test_wrong_input_is_one_message_and_exit_2(project: Path, arguments: list[str], message: str) -> None:

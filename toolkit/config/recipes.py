@@ -30,8 +30,8 @@ class CentralizedConfig(
 class CentralizedUnslothConfig(CentralizedConfig):
     """Train one model on all the data, in one place, with Unsloth."""
 
-    backend: Literal["unsloth"] = "unsloth"
-    """What trains."""
+    backend: Literal["hf", "unsloth"] = "unsloth"
+    """What trains: transformers, TRL and PEFT, or the same run with Unsloth, which is for language models."""
 
 
 class IterativeConfig(

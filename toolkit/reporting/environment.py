@@ -27,6 +27,7 @@ PACKAGES = (
     "bitsandbytes",
     "deepspeed",
     "unsloth",
+    "unsloth-zoo",
     "flwr",
     "triton",
     "numpy",
