@@ -5,7 +5,8 @@ from typing import Any
 
 from toolkit.durable import STAGING_PREFIX, commit_folder, discard_folder
 from toolkit.launch.plan import LaunchPlan
-from toolkit.modeling.final import merge_adapter, write_card
+from toolkit.modeling.card import write_card
+from toolkit.rounds.adapter_into_base import merge_into_base
 from toolkit.training.contract import ParticipantTrainer
 
 
@@ -48,9 +49,12 @@ def write_final_model(
         trainer.model.config.save_pretrained(str(staged))
     write_card(staged, recipe=recipe, base=config.model, is_adapter=is_lora, rows=rows)
     if config.merge_final and is_lora:
-        merged = staged / "merged"
-        difference = merge_adapter(config, plan, staged, merged, tokenizer, label_names=label_names)
-        rows.append(("Merged model, largest difference of logits", f"{difference:.2e}"))
+        beside = run_dir / f"{STAGING_PREFIX}merged"  # the engine does not write into an input
+        if beside.exists():
+            discard_folder(beside)
+        difference = merge_into_base(config, plan, staged, beside, label_names=label_names)
+        beside.rename(staged / "merged")
+        rows.append(("Merged model, largest difference of logits", str(difference)))
     if final.exists():
         discard_folder(final)
     commit_folder(staged, final, {"step": trainer.step})

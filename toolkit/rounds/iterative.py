@@ -17,6 +17,7 @@ from toolkit.modeling.load import load_model_config
 from toolkit.modeling.source import find_model, model_fingerprint
 from toolkit.reporting import environment
 from toolkit.reporting.records import RunStart
+from toolkit.rounds.adapter_into_base import check_base
 from toolkit.rounds.baselines import Baselines
 from toolkit.rounds.checkpoints import CheckpointStore
 from toolkit.rounds.comparison import compare, comparison_record, metric_of
@@ -87,7 +88,11 @@ class IterativeRun(Run):
             self.say_nothing_left()
             return
         tokenizer = load_tokenizer(self.config)
-        load_model_config(self.config)  # what is wrong with the model is said before rows are read
+        model_config = load_model_config(
+            self.config
+        )  # what is wrong with the model is said before rows are read
+        if self.config.merge_final:
+            check_base(self.config, model_config)
         self.locales = prepare_locales(self.config, tokenizer, self.team)
         self.directory.check_facts(self._facts())
         self.factory = TrainerFactory(
