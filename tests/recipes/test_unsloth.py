@@ -171,6 +171,8 @@ def test_what_unsloth_would_do_otherwise_is_an_error(runs, name):
 
 
 def test_the_backend_is_an_option_of_every_recipe(runs):
+    assert "Backend: Unsloth 20" in runs.results["by option"]["out"]
+    assert "Backend: Unsloth 20" in runs.results["iterative"]["out"]
     assert runs.results["by option"]["status"] == 0
     assert history(runs.folder / "by option")["recipe"] == "centralized-unsloth"
 

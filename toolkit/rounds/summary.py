@@ -1,5 +1,6 @@
 """What a run prints before and after: rows of label and value."""
 
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def configuration_rows(config: Any, plan: Any, prepared: Any, trainer: Any) -> l
     ]
     if config.gradient_checkpointing:
         rows.append(("Gradient checkpointing", "on"))
+    if config.backend == "unsloth":
+        rows.append(("Backend", f"Unsloth {importlib.metadata.version('unsloth')}"))
     return rows
 
 
