@@ -125,7 +125,7 @@ def test_sigterm_commits_and_continues(run_kills):
 
 
 def test_a_run_with_unsloth(run_kills):
-    """Killed early, in the middle and late, once more while it resumes, and stopped by a signal."""
+    """Killed early, late, and in the middle and once more while it resumes."""
     kills: list[dict] = [{"event": number} for number in (120, 280)]
     kills += [{"event": 200, "again": 60}]
     check_equal(run_kills(kills, recipe="centralized-unsloth"))

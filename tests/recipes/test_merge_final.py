@@ -74,12 +74,12 @@ def test_a_classifier_keeps_the_names_of_its_classes(train, tmp_path):
 def test_a_gguf_base_is_refused_before_training(tmp_path):
     from toolkit.config.load import load
     from toolkit.config.recipes import RECIPES
-    from toolkit.rounds.adapter_into_base import check_base
+    from toolkit.rounds.adapter_into_base import check_mergeable
 
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     argv = ["--model", str(tmp_path / "tiny.gguf"), "--data", "d", "--output-dir", "o", "--merge-final"]
     with pytest.raises(ModelError, match="is a GGUF file"):
-        check_base(load(RECIPES["centralized-hf"], argv).config, None)
+        check_mergeable(load(RECIPES["centralized-hf"], argv).config, None)
 
 
 def test_a_quantized_base_is_refused_before_training(train, tiny_model, tmp_path):

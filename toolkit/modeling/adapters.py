@@ -68,7 +68,12 @@ def target_modules(base: Any, targets: str | list[str]) -> list[str]:
         return linear
     if isinstance(targets, str):
         return [name for name in linear if re.fullmatch(targets, name)]
-    return [name for name in linear if any(name == t or name.endswith(f".{t}") for t in targets)]
+    return [name for name in linear if any(_is_called(name, target) for target in targets)]
+
+
+def _is_called(path: str, name: str) -> bool:
+    """Whether a module's path is ``name`` or ends with it."""
+    return path == name or path.endswith(f".{name}")
 
 
 def _check_name(model: Any, name: str) -> None:
@@ -100,7 +105,7 @@ def _check_targets(model: Any, targets: str | list[str]) -> None:
                 f"--lora-target-modules {targets!r} is not a regular expression: {error}"
             ) from error
     else:
-        unmatched = [w for w in wanted if not any(name == w or name.endswith(f".{w}") for name in names)]
+        unmatched = [w for w in wanted if not any(_is_called(name, w) for name in names)]
     if unmatched:
         raise ModelError(
             f"--lora-target-modules: no linear layer of the model matches {', '.join(unmatched)}",

@@ -26,7 +26,7 @@ from toolkit.modeling.source import find_model
 _PLACE = "--merge-final"
 
 
-def check_base(config: Any, model_config: Any) -> None:
+def check_mergeable(config: Any, model_config: Any) -> None:
     """Raise, before anything is trained, where there will be no merged model.
 
     Raises:
@@ -63,7 +63,7 @@ def merge_into_base(
     execute(_plan(config, adapter), folder)
     if label_names:
         _name_classes(folder / "config.json", label_names)
-    dtype = "float32" if plan.device == "cpu" or config.finetuning == "full" else "auto"
+    dtype = "float32" if plan.device == "cpu" else "auto"  # as the run held its base
     request = {
         "base": find_model(config.model).name,
         "revision": config.revision,

@@ -18,7 +18,7 @@ from toolkit.modeling.load import load_model_config
 from toolkit.modeling.source import find_model, model_fingerprint
 from toolkit.reporting import environment
 from toolkit.reporting.records import CheckpointRecord, RunStart, SampleRecord
-from toolkit.rounds.adapter_into_base import check_base
+from toolkit.rounds.adapter_into_base import check_mergeable
 from toolkit.rounds.boundaries import Boundaries
 from toolkit.rounds.checkpoints import CheckpointStore
 from toolkit.rounds.final_model import write_final_model
@@ -95,7 +95,7 @@ class CentralizedRun(Run):
         model_config = load_model_config(config)
         tokenizer = load_tokenizer(config)
         if config.merge_final:
-            check_base(config, model_config)
+            check_mergeable(config, model_config)
         with self.processes.main_process_first():  # the others read what the first one has put into the cache
             prepared = prepare(config, tokenizer, config.task, seed=config.seed)
         commit = getattr(model_config, "_commit_hash", None)

@@ -17,7 +17,7 @@ from toolkit.modeling.load import load_model_config
 from toolkit.modeling.source import find_model, model_fingerprint
 from toolkit.reporting import environment
 from toolkit.reporting.records import RunStart
-from toolkit.rounds.adapter_into_base import check_base
+from toolkit.rounds.adapter_into_base import check_mergeable
 from toolkit.rounds.baselines import Baselines
 from toolkit.rounds.checkpoints import CheckpointStore
 from toolkit.rounds.comparison import compare, comparison_record, metric_of
@@ -92,7 +92,7 @@ class IterativeRun(Run):
             self.config
         )  # what is wrong with the model is said before rows are read
         if self.config.merge_final:
-            check_base(self.config, model_config)
+            check_mergeable(self.config, model_config)
         self.locales = prepare_locales(self.config, tokenizer, self.team)
         self.directory.check_facts(self._facts())
         self.factory = TrainerFactory(

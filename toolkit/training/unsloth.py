@@ -125,7 +125,9 @@ class UnslothBackend:
         )
         check_adapter(model, _FIRST, asked, modules)
         if name != _FIRST:
-            torch.manual_seed(config.seed)
+            torch.manual_seed(
+                config.seed
+            )  # as the first one began: all participants start from the same weights
             model = add_adapter(model, config, name=name, autocast_dtype=autocast_dtype)
             model.delete_adapter(_FIRST)
         return model

@@ -59,13 +59,13 @@ def check_installation() -> None:
 
 
 def enter_unsloth(device: str) -> None:
-    """Import Unsloth for a run on ``device`` (``cpu`` or ``cuda``). What it prints goes into the log.
+    """Import Unsloth for a run on ``device`` (``cpu`` or ``cuda``); what it prints goes into the log.
+
+    Call :func:`check_installation` before.
 
     Raises:
-        MissingDependencyError: it is not installed.
         LaunchError: it comes too late in this process, does not run here, or would train on another device.
     """
-    check_installation()
     if "unsloth" not in sys.modules:
         early = [name for name in PATCHED if name in sys.modules]
         if early:
