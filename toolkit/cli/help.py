@@ -13,6 +13,7 @@ COMMANDS: dict[str, str] = {
     "fisher": "Estimate a model's Fisher information, for merges that weigh by it.",
     "data": "Check, preview and split data; list formats; make sample data.",
     "models": "Make sample models.",
+    "bench": "Compare ways to train: speed, memory, loss; compare results.",
     "completion": "Print the completion script of a shell.",
 }
 DATA_COMMANDS: dict[str, str] = {
@@ -60,6 +61,13 @@ def train_help() -> str:
 def data_help() -> str:
     footer = ["meldkit data COMMAND --help tells more about a command."]
     return _command_help("meldkit data COMMAND ...", COMMANDS["data"], DATA_COMMANDS, footer=footer)
+
+
+def bench_help() -> str:
+    from toolkit.benchmarks.commands import COMMANDS as BENCH_COMMANDS
+
+    footer = ["meldkit bench COMMAND --help tells more about a command."]
+    return _command_help("meldkit bench COMMAND ...", COMMANDS["bench"], BENCH_COMMANDS, footer=footer)
 
 
 def completion_help() -> str:

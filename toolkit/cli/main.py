@@ -42,6 +42,7 @@ def _main(argv: list[str], *, debug: bool) -> int:
         "fisher": _fisher,
         "data": _data,
         "models": _models,
+        "bench": _bench,
         "completion": _completion,
     }
     command = commands.get(argv[0])
@@ -113,6 +114,12 @@ def _models(argv: list[str]) -> int:
     from toolkit.modeling.samples.commands import models
 
     return models(argv)
+
+
+def _bench(argv: list[str]) -> int:
+    from toolkit.benchmarks.commands import bench
+
+    return bench(argv)
 
 
 def _completion(argv: list[str]) -> int:

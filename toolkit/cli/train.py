@@ -34,6 +34,7 @@ ON_KILL = {"iterative-merge": ("toolkit.rounds.killed_workers", "GoOn")}
 OPTION_RULES = {"iterative-merge": "toolkit.rounds.option_rules"}
 """A module that adds rules to those between options, for a recipe that has registries."""
 HELP_FLAGS = {"-h", "--help"}
+OnTrainer = Callable[[Any], None]
 
 
 def run_recipe(recipe: str, argv: Sequence[str]) -> int:
@@ -53,10 +54,14 @@ def run_recipe(recipe: str, argv: Sequence[str]) -> int:
     return guarded(starter.start, debug=debug, log=starter.log_file, resume_hint=starter.resume_hint)
 
 
-def run_config(recipe: str, config: Any) -> int:
+def run_config(recipe: str, config: Any, *, on_trainer: OnTrainer | None = None) -> int:
     """Run a recipe with a configuration made in Python; returns the exit status.
 
     With several processes, or DeepSpeed, they are launched with the configuration in a file.
+
+    Args:
+        on_trainer: called with the :class:`~toolkit.training.contract.ParticipantTrainer` before its first step, of
+            a centralized recipe in this process.
 
     Raises:
         MeldkitError: of the kinds in ``toolkit.errors``; the command line prints it instead.
@@ -68,7 +73,7 @@ def run_config(recipe: str, config: Any) -> int:
         path = Path(folder) / CONFIG_NAME
         write_json(path, config.model_dump(mode="json", exclude={"resume"}))
         argv = ["--config", str(path), *(["--resume"] if config.resume else [])]
-        return _run(recipe, config, argv)
+        return _run(recipe, config, argv, on_trainer=on_trainer)
 
 
 def _check_inputs(config: Any, recipe: str) -> None:
@@ -89,7 +94,13 @@ def _check_inputs(config: Any, recipe: str) -> None:
         raise error
 
 
-def _run(recipe: str, config: Any, argv: list[str], on_begin: Callable[[], None] = lambda: None) -> int:
+def _run(
+    recipe: str,
+    config: Any,
+    argv: list[str],
+    on_begin: Callable[[], None] = lambda: None,
+    on_trainer: OnTrainer | None = None,
+) -> int:
     from toolkit.launch.plan import is_launched, resolve_plan
 
     plan = resolve_plan(config)
@@ -113,7 +124,8 @@ def _run(recipe: str, config: Any, argv: list[str], on_begin: Callable[[], None]
             from toolkit.training.unsloth_process import enter_unsloth
 
             enter_unsloth(plan.device)
-        return importlib.import_module(RUNS[recipe]).run(config, plan)
+        keywords = {} if on_trainer is None else {"on_trainer": on_trainer}
+        return importlib.import_module(RUNS[recipe]).run(config, plan, **keywords)
 
 
 class _Starter:

@@ -5,6 +5,7 @@ torch is looked at only when something else has imported it; NVML is asked at mo
 
 import contextlib
 import logging
+import os
 import resource
 import sys
 import threading
@@ -53,6 +54,12 @@ def gpu_of_run(sampled: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
 def gpus() -> list[dict[str, Any]]:
     """The visible GPUs as NVML sees them; at most a second old. Empty where there is no driver."""
     return _nvml.sample()
+
+
+def process_gpu_bytes() -> int | None:
+    """GPU memory of this process as the driver sees it (allocator, context, libraries), summed over the visible GPUs;
+    None where it does not tell."""
+    return _nvml.process_bytes(os.getpid())
 
 
 def gpu_names() -> list[dict[str, Any]]:
@@ -115,6 +122,16 @@ class _Nvml:
                 {"index": gpu.index, "name": gpu.model, "memory_bytes": gpu.memory_bytes}
                 for gpu, _ in self._opened()
             ]
+
+    def process_bytes(self, pid: int) -> int | None:
+        with self._lock:
+            found = [
+                process.usedGpuMemory
+                for _, handle in self._opened()
+                for process in self._ask("nvmlDeviceGetComputeRunningProcesses", handle) or []
+                if process.pid == pid and process.usedGpuMemory is not None
+            ]
+        return sum(found) if found else None
 
     def driver_version(self) -> str | None:
         with self._lock:

@@ -1,7 +1,9 @@
 """Centralized training: the loop of all recipes with one participant and no merge."""
 
 import contextlib
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,16 @@ from toolkit.training.world import assert_world, training_arguments
 PARTICIPANT = "model"
 
 
-def run(config: Any, plan: LaunchPlan) -> int:
-    """Train one model on all the data; returns the exit status."""
-    return run_in_directory(CentralizedRun, _recipe_of(config), config, plan)
+def run(
+    config: Any, plan: LaunchPlan, on_trainer: Callable[[ParticipantTrainer], None] = lambda trainer: None
+) -> int:
+    """Train one model on all the data; returns the exit status.
+
+    Args:
+        on_trainer: called with the trainer before it starts, to measure or watch it.
+    """
+    kind = functools.partial(CentralizedRun, on_trainer=on_trainer)
+    return run_in_directory(kind, _recipe_of(config), config, plan)
 
 
 def _recipe_of(config: Any) -> str:
@@ -47,7 +56,13 @@ class CentralizedRun(Run):
     """One run: prepares data and model, drives the trainer from boundary to boundary, writes what comes out."""
 
     def __init__(
-        self, config: Any, plan: LaunchPlan, directory: RunDirectory, processes: Any, team: Team
+        self,
+        config: Any,
+        plan: LaunchPlan,
+        directory: RunDirectory,
+        processes: Any,
+        team: Team,
+        on_trainer: Callable[[ParticipantTrainer], None],
     ) -> None:
         super().__init__(_recipe_of(config), config, plan, directory, processes, team)
         self.store = CheckpointStore(
@@ -59,6 +74,7 @@ class CentralizedRun(Run):
         )
         self.trainer: Any = None
         self.num_held_out = 0
+        self.on_trainer = on_trainer
 
     def run(self) -> None:
         if self.directory.is_finished:
@@ -74,6 +90,7 @@ class CentralizedRun(Run):
         checkpoint = self._find_checkpoint()
         self.num_held_out = 0 if prepared.evaluation is None else len(prepared.evaluation)
         self.trainer = self._build_trainer(tokenizer, prepared)
+        self.on_trainer(self.trainer)
         here = environment.describe()
         changed_versions = self.directory.changed_versions(here["versions"])
         self.directory.begin(facts, here | {"plan": self.plan.as_dict(), "plan_notes": list(self.plan.notes)})

@@ -153,6 +153,11 @@ class HFTrainer:
         return self._trainer.model
 
     @property
+    def underlying(self) -> Any:
+        """transformers' Trainer, for callbacks that watch it."""
+        return self._trainer
+
+    @property
     def num_parameters(self) -> tuple[int, int]:
         """Trained parameters and all parameters; 4-bit weights count as what they stand for."""
         if isinstance(self.model, PeftModel):

@@ -1,0 +1,1 @@
+"""What runs in a trial's process: programs that train, and the probe that measures all of them alike."""
