@@ -161,13 +161,15 @@ def _trainer(config: BaseModel) -> Iterator[Conflict]:
                 "its steps; take a schedule of the step, such as cosine"
             )
             yield Conflict((option,), (option,), message)
-        elif value_of(config, option) not in values:
-            offered = sorted(set(values) - trainer_fields.SCHEDULES_BY_METRIC)
+        elif value_of(config, option) not in {*values, *OURS.get(option, ())}:
+            offered = sorted({*values, *OURS.get(option, ())} - trainer_fields.SCHEDULES_BY_METRIC)
             suggestion = did_you_mean(str(value_of(config, option)), offered)
             message = f"'{value_of(config, option)}' is not one of {', '.join(offered)}{suggestion}"
             yield Conflict((option,), (option,), message)
 
 
+OURS = {"optim": ("auto",)}
+"""Values beside those of transformers."""
 RULES: list[Rule] = [
     _unavailable,
     _quantization,

@@ -14,6 +14,7 @@ FISHER_ALGORITHMS = (*FISHER_FROM_DATA, "fisher_simple", "from_optimizer")
 SIMILARITY_OPTIONS = ("similarity_features", "similarity_measure", "similarity_top_k", "similarity_sinkhorn")
 # Adam's second moments, as they are: not factored, not quantized.
 WITH_SECOND_MOMENTS = (
+    "auto",
     "adamw_torch",
     "adamw_torch_fused",
     "adamw_apex_fused",

@@ -119,8 +119,8 @@ class ModelOptions(Options):
     """What is trained: a language model, or a classifier of whole texts."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type in which the base is held. auto: the checkpoint's own on a GPU; float32 on a CPU, where it is
-    faster."""
+    """Type in which the base is held. auto: under an adapter the checkpoint's own on a GPU, that of the computation on
+    a CPU; else float32."""
 
     attn_implementation: Literal[
         "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
@@ -295,12 +295,28 @@ class TrainingOptions(Options):
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this norm; 0 leaves them alone."""
 
-    optim: str = "adamw_torch"
+    optim: str = "auto"
     """Optimizer: adamw_torch, adamw_torch_fused, adamw_8bit, paged_adamw_8bit, sgd, ... (transformers'
-    OptimizerNames)."""
+    OptimizerNames). auto: AdamW, fused with --throughput auto."""
 
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    throughput: Literal["auto", "off"] = "auto"
+    """auto: decide each of the four options below that is not given, and the precision, by the model, the rows and the
+    machine; the run says what and why. None of them changes what is trained, but for rounding. off: none of it."""
+
+    step_layout: Literal["auto", "rows", "dense"] = "auto"
+    """Micro-batches of an optimizer step: rows, each batch as it comes, padded; or dense, all rows of the step laid out
+    anew with little padding, in no more memory than the largest batch would take."""
+
+    fused_loss: bool | None = None
+    """Compute the loss and its gradient from the hidden states, a few tokens at a time, without the logits of the whole
+    batch. Default: where the model allows it."""
+
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, about a third more time. Default: where the memory is
+    needed; always with --throughput off and with Unsloth."""
+
+    tf32: bool | None = None
+    """Multiply float32 matrices with 10 bits of mantissa, on GPUs that can. Default: there."""
 
     seed: int = Field(42, ge=0)
     """Seed of the data order, dropout, adapter initialisation and splits."""
@@ -340,8 +356,8 @@ class LaunchOptions(Options):
     """Train on the CPU although there is a GPU."""
 
     mixed_precision: Precision = "auto"
-    """Type of the computation. auto: bf16 on a GPU that has it, else fp16; no on a CPU, where bf16 is
-    slower."""
+    """Type of the computation. auto: bf16 on a GPU that has it, else fp16; on a CPU bf16 for language models with
+    --throughput auto where the CPU has instructions for it, else no."""
 
     deepspeed: str | None = None
     """zero1, zero2, zero3, or the path of a DeepSpeed JSON configuration."""

@@ -87,7 +87,7 @@ class IterativeConfig(
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Batches whose gradients are added up before an optimizer step."""
 
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
     logging_steps: int = Field(10, ge=1)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.config.iterative_options import HalfPrecisionOptions
-from toolkit.config.options import LaunchOptions, Options, QuantizationOptions
+from toolkit.config.options import LaunchOptions, Options, QuantizationOptions, TrainingOptions
 from toolkit.dependencies import is_installed
 from toolkit.errors import LaunchError, MissingDependencyError
 from toolkit.launch import deepspeed, devices
@@ -227,8 +227,7 @@ def _mixed_precision(
         if given is not None and given != asked and started:
             notes.append(f"{flag} wins over {given}, which {started.launcher} was told")
     elif not gpus:
-        precision = "no"
-        notes.append("mixed precision no: bf16 is slower on a CPU")
+        precision = _cpu_precision(options, notes)
     elif all(gpu.has_bf16 for gpu in gpus):
         precision = "bf16"
         notes.append("mixed precision bf16: the GPUs have it")
@@ -246,6 +245,19 @@ def _mixed_precision(
                 f"bf16 is slow emulation on GPU {', '.join(without)}", hint="--mixed-precision fp16"
             )
     return precision
+
+
+def _cpu_precision(options: Options, notes: list[str]) -> MixedPrecision:
+    wants_speed = isinstance(options, TrainingOptions) and options.throughput == "auto"
+    is_causal = getattr(options, "task", None) == "causal-lm"
+    if not (wants_speed and is_causal):
+        notes.append("mixed precision no: on a CPU bf16 is for language models, with --throughput auto")
+        return "no"
+    if not devices.cpu_has_bf16():
+        notes.append("mixed precision no: bf16 is slower on a CPU without instructions for it")
+        return "no"
+    notes.append("mixed precision bf16: the CPU has instructions for it")
+    return "bf16"
 
 
 def _deepspeed_source(options: LaunchOptions, started: LaunchedWorld | None, notes: list[str]) -> str | None:

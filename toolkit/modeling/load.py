@@ -123,7 +123,11 @@ def quantization_config(config: Any, plan: Any) -> BitsAndBytesConfig | None:
 def base_dtype(config: Any, plan: Any) -> Any:
     """``--dtype`` as torch's type, or "auto": the checkpoint's own."""
     if config.dtype == "auto":
-        return "auto" if plan.device == "cuda" and config.finetuning == "lora" else torch.float32
+        if config.finetuning != "lora":
+            return torch.float32
+        if plan.device == "cuda":
+            return "auto"
+        return torch.bfloat16 if plan.mixed_precision == "bf16" else torch.float32
     return getattr(torch, config.dtype)
 
 

@@ -188,6 +188,8 @@ class CentralizedRun(Run):
             self.say("debug", note)
         for note in trainer.notes:
             self.say("warning", note)
+        for note in trainer.throughput_notes:
+            self.say("info", f"throughput: {note}")
         report = prepared.report
         for problem in report.problems:
             self.say("warning", f"data check, skipped as asked: {problem}")

@@ -292,6 +292,8 @@ class IterativeRun(Run):
     def _say_notes(self, commit: dict[str, Any] | None) -> None:
         for note in self.plan.notes:
             self.say("debug", note)
+        for note in self.participants[0].trainer.throughput_notes:
+            self.say("info", f"throughput: {note}")
         for note in self.participants[0].trainer.notes:
             self.say("warning", note)
         for locale, rows in self.locales.rows.items():

@@ -29,7 +29,7 @@ def configuration_rows(config: Any, plan: Any, prepared: Any, trainer: Any) -> l
         ("Device", _device(plan)),
         ("Precision", _precision(config, plan)),
     ]
-    if config.gradient_checkpointing:
+    if getattr(trainer.model, "is_gradient_checkpointing", False):
         rows.append(("Gradient checkpointing", "on"))
     if config.backend == "unsloth":
         rows.append(("Backend", f"Unsloth {importlib.metadata.version('unsloth')}"))

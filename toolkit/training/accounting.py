@@ -72,7 +72,10 @@ class Accounting:
             self._tokens += int(input_ids.numel() if mask is None else mask.sum())
             counted = labels[:, label_shift:] if labels.dim() == 2 else labels
             self._trainable_tokens += int((counted != IGNORED).sum())
-            self._digest = zlib.crc32(input_ids.detach().cpu().numpy().tobytes(), self._digest)
+            ids = (
+                input_ids.flatten() if mask is None else input_ids[mask.bool()]
+            )  # the same rows, padded or not
+            self._digest = zlib.crc32(ids.detach().cpu().numpy().tobytes(), self._digest)
 
     def restart_clock(self) -> None:
         """The step begins now: its batches were drawn before a pause that is no part of it."""

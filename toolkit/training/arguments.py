@@ -11,16 +11,26 @@ from trl.trainer.sft_config import SFTConfig
 
 from toolkit.config.trainer_fields import GOVERNED
 from toolkit.errors import ConfigError
+from toolkit.training.throughput import Throughput
 
 
-def build_arguments(config: Any, world: Mapping[str, Any], staging: Path, *, seed: int) -> TrainingArguments:
+def build_arguments(
+    config: Any, world: Mapping[str, Any], staging: Path, *, seed: int, chosen: Throughput | None = None
+) -> TrainingArguments:
     """SFTConfig for a language model, TrainingArguments for a classifier, with :func:`asked_arguments`.
+
+    Args:
+        chosen: for throughput, applied to ``config`` already.
 
     Raises:
         ConfigError: an option or ``trainer_args`` has a value that the installed version refuses.
     """
     arguments_class = SFTConfig if config.task == "causal-lm" else TrainingArguments
     values = asked_arguments(config, world, staging, seed=seed)
+    if chosen is not None:
+        values["tf32"] = chosen.tf32 or None
+        if chosen.fused_loss:
+            values["loss_type"] = "nll"  # the other one replaces the model's forward
     try:
         return arguments_class(**values)
     except (TypeError, ValueError) as error:
@@ -53,7 +63,7 @@ def asked_arguments(config: Any, world: Mapping[str, Any], staging: Path, *, see
         "warmup_steps": config.warmup_ratio,  # transformers 5: below 1 it is a share of the steps
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
-        "optim": config.optim,
+        "optim": "adamw_torch" if config.optim == "auto" else config.optim,
         "seed": seed,
         "data_seed": seed,
         "dataloader_num_workers": config.dataloader_workers,
@@ -92,7 +102,8 @@ def _checkpointing(arguments_class: type, config: Any) -> dict[str, Any]:
     """transformers 5.23 renamed gradient to activation checkpointing; the old name warns there."""
     names = {field.name for field in dataclasses.fields(arguments_class)}
     prefix = "activation" if "activation_checkpointing" in names else "gradient"
-    values: dict[str, Any] = {f"{prefix}_checkpointing": config.gradient_checkpointing}
-    if config.gradient_checkpointing:
+    is_on = config.gradient_checkpointing is not False  # where it is left open the memory is what counts
+    values: dict[str, Any] = {f"{prefix}_checkpointing": is_on}
+    if is_on:
         values[f"{prefix}_checkpointing_kwargs"] = {"use_reentrant": False}
     return values

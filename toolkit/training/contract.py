@@ -91,6 +91,11 @@ class ParticipantTrainer(Protocol):
         ...
 
     @property
+    def throughput_notes(self) -> Sequence[str]:
+        """What was chosen to train faster, and why, a sentence each."""
+        ...
+
+    @property
     def step(self) -> int:
         """Optimizer steps done since the beginning of the run."""
         ...

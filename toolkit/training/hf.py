@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback
 
@@ -31,9 +32,11 @@ from toolkit.training import rng
 from toolkit.training.accounting import Accounting
 from toolkit.training.arguments import build_arguments
 from toolkit.training.contract import TrainerSetup, trainer_backend
+from toolkit.training.dense import DenseCollator
 from toolkit.training.order import EpochOrder
 from toolkit.training.pausable import PausableCall
 from toolkit.training.slots import load_optimizer_slots, optimizer_slots
+from toolkit.training.throughput import choose
 from toolkit.training.trainers import ClassifierTrainer, LanguageModelTrainer
 
 POSITION_NAME = "position.json"
@@ -86,8 +89,15 @@ class HFTrainer:
 
     def _build(self) -> Any:
         setup = self._setup
-        config = setup.config
-        arguments = build_arguments(config, setup.world, setup.staging, seed=setup.seed)
+        self.throughput = chosen = choose(
+            setup.config,
+            setup.model,
+            setup.train["length"],
+            setup.world,
+            num_processes=PartialState().num_processes,
+        )
+        config = chosen.applied_to(setup.config)
+        arguments = build_arguments(config, setup.world, setup.staging, seed=setup.seed, chosen=chosen)
         causal = config.task == "causal-lm"
         if not causal and config.gradient_checkpointing and isinstance(setup.model, PeftModel):
             # Without it no gradient reaches the adapters through checkpointed frozen layers. SFTTrainer does it itself.
@@ -96,10 +106,14 @@ class HFTrainer:
             model=setup.model,
             args=arguments,
             train_dataset=setup.train,
-            data_collator=setup.collator,
+            data_collator=setup.collator
+            if chosen.costs is None
+            else DenseCollator(setup.tokenizer.pad_token_id, chosen.costs),
             processing_class=setup.tokenizer,
         )
         trainer.adapter = setup.adapter
+        if isinstance(trainer, LanguageModelTrainer):
+            trainer.has_fused_loss = chosen.fused_loss
         if not trainer.is_deepspeed_enabled:  # it keeps master weights of its own
             trained_in_float32(setup.model)
         trainer.remove_callback(PrinterCallback)
@@ -151,6 +165,10 @@ class HFTrainer:
     @property
     def model(self) -> Any:
         return self._trainer.model
+
+    @property
+    def throughput_notes(self) -> Sequence[str]:
+        return self.throughput.notes
 
     @property
     def underlying(self) -> Any:

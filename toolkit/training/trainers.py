@@ -1,5 +1,6 @@
 """transformers' and TRL's trainers with our counts, our order of the rows, and checkpoints of one adapter of many."""
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from toolkit.modeling.states import load_trained_state
 from toolkit.training.accounting import Accounting
+from toolkit.training.fused_loss import fused_loss
 from toolkit.training.order import EpochOrder
 
 
@@ -48,8 +50,16 @@ class HookedTrainer(Trainer):
         self.accounting.begin_step(batches, label_shift=int(self._loss_shifts_labels))
         return batches, num_items
 
-    def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        loss = super().training_step(*arguments, **keywords)
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        layout = inputs.pop("layout", None)
+        micro_batches = [inputs] if layout is None else layout.micro_batches(inputs)
+        losses = []
+        for number, batch in enumerate(micro_batches, 1):
+            # Processes exchange gradients once, with the last micro-batch of a step.
+            is_last = number == len(micro_batches)
+            with contextlib.nullcontext() if is_last else cast(Any, self.accelerator).no_sync(model):
+                losses.append(super().training_step(model, batch, num_items_in_batch))
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         self.accounting.add_loss(loss)
         return loss
 
@@ -103,7 +113,19 @@ class HookedTrainer(Trainer):
 
 
 class LanguageModelTrainer(HookedTrainer, SFTTrainer):
-    pass
+    """Attributes:
+    has_fused_loss: train with :mod:`toolkit.training.fused_loss`.
+    """
+
+    has_fused_loss: bool = False
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not self.has_fused_loss or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with cast(Any, self.accelerator).autocast():
+            return fused_loss(model, inputs, num_items_in_batch)
 
 
 class ClassifierTrainer(HookedTrainer):

@@ -77,7 +77,7 @@ class UnslothBackend:
             "load_in_4bit": config.load_in_4bit,
             "load_in_8bit": config.load_in_8bit,
             "full_finetuning": config.finetuning == "full",
-            "use_gradient_checkpointing": "unsloth" if config.gradient_checkpointing else False,
+            "use_gradient_checkpointing": _checkpointing(config),
             "random_state": config.seed,
         }
         if config.attn_implementation != "auto" or plan.device == "cpu":
@@ -117,7 +117,7 @@ class UnslothBackend:
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             bias="none",
-            use_gradient_checkpointing="unsloth" if config.gradient_checkpointing else False,
+            use_gradient_checkpointing=_checkpointing(config),
             random_state=config.seed,
             use_rslora=config.use_rslora,
             modules_to_save=list(config.lora_modules_to_save) or None,
@@ -135,6 +135,10 @@ class UnslothBackend:
 
 def _fast_language_model() -> Any:
     return importlib.import_module("unsloth").FastLanguageModel
+
+
+def _checkpointing(config: Any) -> str | bool:
+    return False if config.gradient_checkpointing is False else "unsloth"
 
 
 def _dtype(config: Any, plan: Any) -> torch.dtype:

@@ -91,9 +91,13 @@ def training_arguments(plan: LaunchPlan, config: TrainingOptions) -> dict[str, A
         "use_cpu": plan.device == "cpu" and plan.deepspeed is None,
         "dataloader_pin_memory": plan.device == "cuda",
     }
+    if plan.device == "cuda":
+        arguments["accelerator_config"] = {
+            "non_blocking": True
+        }  # from pinned memory, while the GPU still computes
     if plan.deepspeed is not None:
         arguments["deepspeed"] = deepspeed_config(config, plan)
-        arguments["accelerator_config"] = {"use_configured_state": True}
+        arguments.setdefault("accelerator_config", {})["use_configured_state"] = True
     elif plan.num_processes > 1:
         arguments["ddp_backend"] = "gloo" if plan.device == "cpu" else "nccl"
         # Every trained weight is used in every step; searching for others costs time and forbids

@@ -42,6 +42,8 @@ class EqualSettings:
         self.config = config_of(spec["settings"], extra, Path(spec["folder"]))
         self.plan = resolve_plan(self.config)
         self.left = set(arm["left_at_defaults"])
+        if self.config.optim == "auto":
+            self.left.add("optim")  # a word of ours; theirs is AdamW, fused, too
         self._refuse()
 
     def training_arguments(self) -> dict[str, Any]:
