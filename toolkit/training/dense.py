@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from toolkit.data.columns import IGNORED
+from toolkit.training.row_attention import Rows
 
 MAX_ROWS_TOGETHER = 64
 """Rows that are planned together; more would make planning itself slow."""
@@ -28,12 +29,14 @@ class Costs:
         batch: a micro-batch, however small: starting its kernels, reading the weights.
         capacity: positions that a micro-batch may have: what the largest batch would have had anyway.
         flat: positions that rows in one sequence may have; 0 where the model lets such rows see each other.
+        is_row_wise: attention in one sequence is computed row by row.
     """
 
     pair: float
     batch: float
     capacity: int
     flat: int
+    is_row_wise: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,8 @@ def _cut(order: Sequence[int], lengths: Sequence[int], costs: Costs) -> list[Gro
                 cost = before + padded + costs.pair * padded * longest
                 choice = min(choice, (cost, begin, False))
             if num_rows > 1 and num_tokens <= min(costs.flat, costs.capacity):
-                cost = before + num_tokens + costs.pair * num_tokens**2
+                pairs = padded * longest if costs.is_row_wise else num_tokens**2
+                cost = before + num_tokens + costs.pair * pairs
                 choice = min(choice, (cost, begin, True))
         best.append(choice)
     groups, end = [], len(order)
@@ -94,22 +98,27 @@ class Layout:
         lengths: of the rows, in the order in which they lie in the batch.
     """
 
-    def __init__(self, lengths: Sequence[int], groups: Sequence[Group], pad_token_id: int) -> None:
+    def __init__(
+        self, lengths: Sequence[int], groups: Sequence[Group], *, pad_token_id: int, tells_rows: bool
+    ) -> None:
+        self._tells_rows = tells_rows
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
         self._groups = groups
         self._pad_token_id = pad_token_id
 
-    def micro_batches(self, batch: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """The micro-batches of ``batch`` (``input_ids``, ``labels``, ``position_ids``, each [1, S])."""
+    def micro_batches(self, batch: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+        """The micro-batches of ``batch`` (``input_ids``, ``labels``, ``position_ids``, each [1, S]); those in one
+        sequence with their ``rows`` where attention asks for them."""
         return [self._micro_batch(batch, group) for group in self._groups]
 
-    def _micro_batch(self, batch: Mapping[str, torch.Tensor], group: Group) -> dict[str, torch.Tensor]:
+    def _micro_batch(self, batch: Mapping[str, torch.Tensor], group: Group) -> dict[str, Any]:
         spans = [slice(self._starts[row], self._starts[row + 1]) for row in group.rows]
         names = ("input_ids", "labels", "position_ids") if group.is_flat else ("input_ids", "labels")
         parts = {name: [batch[name][0, span] for span in spans] for name in names}
-        if group.is_flat:
-            return {name: torch.cat(rows)[None] for name, rows in parts.items()}
         lengths = [len(row) for row in parts["input_ids"]]
+        if group.is_flat:
+            flat: dict[str, Any] = {name: torch.cat(rows)[None] for name, rows in parts.items()}
+            return flat | ({"rows": Rows(lengths, batch["input_ids"].device)} if self._tells_rows else {})
         if min(lengths) == max(lengths):  # nothing is padded, and without a mask attention has a faster way
             return {name: torch.stack(rows) for name, rows in parts.items()}
         padded = {
@@ -127,9 +136,12 @@ class DenseCollator:
     Args:
         pad_token_id: fills rows of padded micro-batches; never trained and never attended to.
         costs: by which the micro-batches are chosen.
+        tells_rows: micro-batches in one sequence say where their rows begin
+            (:mod:`toolkit.training.row_attention`).
     """
 
-    def __init__(self, pad_token_id: int, costs: Costs) -> None:
+    def __init__(self, pad_token_id: int, costs: Costs, *, tells_rows: bool) -> None:
+        self._tells_rows = tells_rows
         self._pad_token_id = pad_token_id
         self._costs = costs
 
@@ -148,4 +160,10 @@ class DenseCollator:
         batch: dict[str, Any] = {
             name: torch.from_numpy(np.concatenate(parts))[None] for name, parts in tensors.items()
         }
-        return batch | {"layout": Layout(lengths, plan_groups(lengths, self._costs), self._pad_token_id)}
+        layout = Layout(
+            lengths,
+            plan_groups(lengths, self._costs),
+            pad_token_id=self._pad_token_id,
+            tells_rows=self._tells_rows,
+        )
+        return batch | {"layout": layout}

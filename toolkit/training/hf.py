@@ -108,7 +108,7 @@ class HFTrainer:
             train_dataset=setup.train,
             data_collator=setup.collator
             if chosen.costs is None
-            else DenseCollator(setup.tokenizer.pad_token_id, chosen.costs),
+            else DenseCollator(setup.tokenizer.pad_token_id, chosen.costs, tells_rows=chosen.tells_rows),
             processing_class=setup.tokenizer,
         )
         trainer.adapter = setup.adapter

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from toolkit.training.fused_loss import fused_loss, head_of
+from toolkit.training.row_attention import Rows
 
 NUM_TOKENS = 24
 """Of a tried row: more than the window that a convolution or a state would carry over a border."""
@@ -16,19 +17,20 @@ SAME_LOSS = 0.01
 """Relative difference of two losses that is rounding."""
 
 
-def rows_stay_apart(model: Any, autocast: AbstractContextManager[Any]) -> bool:
-    """Whether two rows in one sequence, told apart by ``position_ids`` alone, get the logits of each by itself.
+def rows_stay_apart(model: Any, autocast: AbstractContextManager[Any], *, tells_rows: bool) -> bool:
+    """Whether two rows in one sequence, told apart by ``position_ids``, get the logits of each by itself.
 
     Args:
         model: a causal language model, whole in this process.
+        tells_rows: its attention is told the rows too.
         autocast: the context in which it trains.
     """
     rows = [_tokens(model, seed) for seed in (1, 2)]
     positions = torch.arange(NUM_TOKENS, device=rows[0].device).repeat(2)[None]
+    told = {"rows": Rows((NUM_TOKENS, NUM_TOKENS), positions.device)} if tells_rows else {}
     with _untouched(model), torch.no_grad(), autocast:
-        together = (
-            model(input_ids=torch.cat(rows)[None], position_ids=positions, use_cache=False).logits[0].float()
-        )
+        joined = model(input_ids=torch.cat(rows)[None], position_ids=positions, use_cache=False, **told)
+        together = joined.logits[0].float()
         alone = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows]).float()
     return float((together - alone).square().mean().sqrt()) <= SAME_SHARE * float(alone.std())
 

@@ -18,10 +18,11 @@ from toolkit.errors import LaunchError
 from toolkit.reporting import resources
 from toolkit.training import probing
 from toolkit.training.dense import Costs
-from toolkit.training.fused_loss import head_of
+from toolkit.training.fused_loss import head_of, plain
+from toolkit.training.row_attention import use_row_attention
 
-MAX_FLAT = {"cpu": 4096, "cuda": 4096}
-"""Positions of rows in one sequence where attention computes all pairs and masks them; flash attention has no limit."""
+MAX_FLAT = 4096
+"""Positions of rows in one sequence where attention computes all pairs and masks them."""
 BATCH_COST = {"cpu": 32, "cuda": 1024}
 """A micro-batch's fixed cost in tokens. CPU: reading the weights of SmolLM2-135M in three passes against its speed.
 CUDA: starting the kernels of 30 layers takes about as long as computing a thousand tokens, by estimate."""
@@ -35,6 +36,7 @@ class Throughput:
 
     Attributes:
         costs: of micro-batches, for a dense layout; None for rows as they come.
+        tells_rows: attention takes the rows of one sequence one by one (:mod:`toolkit.training.row_attention`).
         whole_step: the batches of an optimizer step are laid out together.
         fused_loss: :mod:`toolkit.training.fused_loss` in place of the library's.
         gradient_checkpointing, optim, tf32: as the trainer's arguments of these names.
@@ -42,6 +44,7 @@ class Throughput:
     """
 
     costs: Costs | None
+    tells_rows: bool
     whole_step: bool
     fused_loss: bool
     gradient_checkpointing: bool
@@ -87,6 +90,7 @@ class _Chooser:
         self.capacity = config.batch_size * max(lengths)
         self.is_ours = config.backend == "hf" and "deepspeed" not in world
         self.is_causal = config.task == "causal-lm"
+        self.tells_rows = False
         self.notes: list[str] = []
 
     def choose(self) -> Throughput:
@@ -99,6 +103,7 @@ class _Chooser:
         is_whole = costs is not None and self.num_processes == 1
         return Throughput(
             costs=costs,
+            tells_rows=self.tells_rows,
             whole_step=is_whole,
             fused_loss=fused_loss,
             gradient_checkpointing=self._gradient_checkpointing(),
@@ -152,15 +157,18 @@ class _Chooser:
         if asked is False:
             return None
         is_flash = config.attn_implementation.startswith("flash")
-        apart = probing.rows_stay_apart(self.model, self._autocast()) if not is_flash else True
+        self.tells_rows = not is_flash and use_row_attention(plain(self.model))
+        apart = is_flash or probing.rows_stay_apart(self.model, self._autocast(), tells_rows=self.tells_rows)
+        is_row_wise = is_flash or self.tells_rows
         frozen = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        limit = self.capacity if is_flash else MAX_FLAT[self.device]
+        limit = self.capacity if is_row_wise else MAX_FLAT
         costs = Costs(
             pair=probing.mean_pair_cost(self.model, frozen, trained),
             batch=BATCH_COST[self.device],
             capacity=self.capacity,
             flat=limit if apart else 0,
+            is_row_wise=is_row_wise,
         )
         together = "all rows of a step" if self.num_processes == 1 else "the rows of a batch"
         how = (
