@@ -26,8 +26,8 @@ FOLDERS_OF_SCRIPTS = ("kernels", "recipes", "scripts", "tests", "bench")
 # Arrows point down only: a module imports from its own layer or one below, never one above. A new package,
 # or a new module directly under toolkit/, gets its place here.
 LAYERS = (
-    {"cli", "__main__", "iterative"},
-    {"rounds", "federated"},
+    {"cli", "__main__", "iterative", "trials"},
+    {"rounds", "federated", "benchmarks"},
     {"training", "merging", "evaluation"},
     {"modeling", "data", "languages"},
     {"toolkit_kernels", "config", "launch", "reporting", "collection", "wheels"},
@@ -36,6 +36,7 @@ LAYERS = (
 
 # What --help, --dry-run and every configuration error pass through: answers in a fraction of a second.
 TORCH_FREE = (
+    "benchmarks",
     "cache_folder",
     "dependencies",
     "errors",

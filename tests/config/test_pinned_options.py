@@ -16,7 +16,8 @@ COMMON = {
     ),
     "Training": (
         "backend max_epochs max_steps batch_size eval_batch_size gradient_accumulation_steps learning_rate "
-        "lr_scheduler warmup_ratio weight_decay max_grad_norm optim gradient_checkpointing seed "
+        "lr_scheduler warmup_ratio weight_decay max_grad_norm optim throughput step_layout fused_loss "
+        "gradient_checkpointing tf32 seed "
         "eval_every checkpoint_every keep_checkpoints logging_steps dataloader_workers trainer_args"
     ),
     "Launch": "num_processes gpu cpu mixed_precision deepspeed main_process_port",

@@ -278,3 +278,29 @@ def test_planning_imports_none_of_the_heavy_libraries() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "cpu_has_bf16", "expected"),
+    [
+        ({}, True, "bf16"),
+        ({}, False, "no"),
+        ({"throughput": "off"}, True, "no"),
+        ({"task": "sequence-classification"}, True, "no"),
+        ({"deepspeed": "zero2"}, True, "no"),
+        ({"mixed_precision": "no"}, True, "no"),
+        ({"mixed_precision": "bf16"}, False, "bf16"),
+    ],
+)
+def test_a_cpu_computes_a_language_model_in_bf16_where_it_can(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, options: dict, cpu_has_bf16: bool, expected: str
+) -> None:
+    from toolkit.config.recipes import CentralizedConfig
+    from toolkit.launch import devices
+
+    machine(0)
+    monkeypatch.setattr(devices, "cpu_has_bf16", lambda: cpu_has_bf16)
+    config = CentralizedConfig.model_validate({"model": "m", "data": "d", "output_dir": "o"} | options)
+    plan = resolve_plan(config, {})
+    assert plan.mixed_precision == expected
+    assert f"mixed precision {expected}: " in notes_of(plan)

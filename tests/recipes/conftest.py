@@ -24,6 +24,7 @@ def defaults_file(folder: Path, tiny_model: Path, chat_data: dict[str, Path]) ->
         "gradient_accumulation_steps": 1,
         "lora_r": 4,
         "learning_rate": 1e-2,
+        "mixed_precision": "no",  # the same on every CPU
     }
     path = folder / "defaults.json"
     path.write_text(json.dumps(values))

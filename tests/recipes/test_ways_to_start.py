@@ -30,6 +30,7 @@ def start(tmp_path, tiny_model, chat_data):
             chat_data["valid"],
         ]
         language_model += ["--max-length", 160, "--lora-r", 4, "--learning-rate", "1e-2"]
+        language_model += ["--mixed-precision", "no"]
         words = [*(base or language_model), "--output-dir", folder, *options]
         result = subprocess.run(
             [*command, *map(str, words)],

@@ -12,7 +12,7 @@ from toolkit.errors import ConfigError, InputError
 
 FOLDER = Path(__file__).parent / "arms"
 PROGRAMS = ("meldkit", "trl", "transformers")
-"""Programs that come with meldkit (``toolkit/benchmarks/programs``); any other is the path of a script."""
+"""Programs that come with meldkit (``toolkit/trials``); any other is the path of a script."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,11 +26,6 @@ WRONG_INPUT, REGRESSED = 2, 1
 
 def bench(argv: list[str]) -> int:
     """Run the command that ``argv`` begins with."""
-    from toolkit.cli.help import bench_help
-
-    if not argv or argv[0] in HELP_FLAGS:
-        out(bench_help())
-        return 0 if argv else WRONG_INPUT
     known: dict[str, Callable[[list[str]], int]] = {"train": _train, "compare": _compare, "arms": _arms}
     if argv[0] not in known:
         err(f"error: unknown command '{argv[0]}'{did_you_mean(argv[0], known)}")

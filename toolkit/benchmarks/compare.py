@@ -98,8 +98,8 @@ def _hardware(result: Mapping[str, Any]) -> dict[str, Any]:
 def compare(old: Mapping[str, Any], new: Mapping[str, Any], config: BenchCompareConfig) -> list[Change]:
     """How each arm that was measured before changed.
 
-    A slowdown counts where its whole interval lies above the limit: what is within the noise of the two benchmarks
-    passes.
+    A slowdown counts where it is above the limit and its interval lies above zero: what is within the noise of the two
+    benchmarks passes.
 
     Raises:
         InputError: they cannot be compared, and ``--force`` was not given.
@@ -146,7 +146,7 @@ def _change(
     key = "peak_rss_bytes" if before["peak_reserved_bytes"] is None else "peak_reserved_bytes"
     memory = None if None in (before[key], after[key]) else after[key] / before[key] - 1
     failures = []
-    if slowdown.low > limits[0]:
+    if slowdown.value > limits[0] and slowdown.low > 0:
         failures.append(f"{slowdown.value:+.1%} time a token, more than {limits[0]:.1%}")
     if memory is not None and memory > limits[1]:
         failures.append(f"{memory:+.1%} memory, more than {limits[1]:.1%}")

@@ -39,6 +39,8 @@ KEPT = (
     "OMP_NUM_THREADS",
 )
 """Variables that a trial inherits. All others steer training (UNSLOTH_*, TORCHINDUCTOR_*, ACCELERATE_*, ...)."""
+FAILED, OUT_OF_MEMORY, FELL_BACK = 1, 3, 4
+"""Exit statuses of a trial's process."""
 POLL_SECONDS = 0.1
 PATIENCE_SECONDS = 5.0
 """Between asking a group of processes to end and ending it."""

@@ -13,14 +13,13 @@ from typing import Any
 
 from toolkit.benchmarks.arms import Arm
 from toolkit.benchmarks.gates import OK, status_alone
-from toolkit.benchmarks.process import Ended, environment, run_process
-from toolkit.benchmarks.programs.trial import FELL_BACK, OUT_OF_MEMORY
+from toolkit.benchmarks.process import FELL_BACK, OUT_OF_MEMORY, Ended, environment, run_process
 from toolkit.config.bench_command import BenchTrainConfig, MeasurementOptions
 from toolkit.durable import write_json
 from toolkit.errors import InputError, RunError
 
 TRIAL_SCHEMA = 1
-BASE_MODULE = "toolkit.benchmarks.programs"
+BASE_MODULE = "toolkit.trials"
 KILLED = -9
 
 

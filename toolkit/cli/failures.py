@@ -4,9 +4,12 @@
 """
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from toolkit.errors import ConfigError, Interrupted, MeldkitError
 from toolkit.terminal import RED, err, styled
@@ -16,6 +19,16 @@ FAILED, INPUT_WRONG, INTERRUPTED = 1, 2, 75
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM arrived. Like KeyboardInterrupt no ``Exception``, so that no library swallows it on the way."""
+
+
+def stop_on_sigterm() -> None:
+    """Let SIGTERM end the command as Ctrl-C does."""
+
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
 
 
 def guarded(

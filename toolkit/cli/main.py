@@ -5,7 +5,7 @@ import gc
 import os
 from collections.abc import Callable
 
-from toolkit.cli.failures import INPUT_WRONG, guarded
+from toolkit.cli.failures import INPUT_WRONG, guarded, stop_on_sigterm
 from toolkit.config.names import did_you_mean
 from toolkit.terminal import err, out
 
@@ -118,7 +118,12 @@ def _models(argv: list[str]) -> int:
 
 def _bench(argv: list[str]) -> int:
     from toolkit.benchmarks.commands import bench
+    from toolkit.cli import help as texts
 
+    if not argv or argv[0] in HELP_WORDS:
+        out(texts.bench_help())
+        return 0 if argv else INPUT_WRONG
+    stop_on_sigterm()
     return bench(argv)
 
 

@@ -3,16 +3,13 @@
 import importlib
 import os
 import shlex
-import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from toolkit.cli.failures import Terminated, guarded
+from toolkit.cli.failures import guarded, stop_on_sigterm
 from toolkit.cli.files import check_files
 from toolkit.cli.samples import check_samples, make_samples
 from toolkit.config.load import Loaded, load
@@ -50,7 +47,7 @@ def run_recipe(recipe: str, argv: Sequence[str]) -> int:
         return guarded(lambda: _print(recipe_help(recipe, RECIPES[recipe])), debug=False)
     starter = _Starter(recipe, argv)
     debug = "--debug" in argv
-    _stop_on_sigterm()
+    stop_on_sigterm()  # a run that has begun installs a handler that saves first
     return guarded(starter.start, debug=debug, log=starter.log_file, resume_hint=starter.resume_hint)
 
 
@@ -231,13 +228,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(str(element) for element in value) or "none"
     return "none" if value is None else str(value)
-
-
-def _stop_on_sigterm() -> None:
-    """Let SIGTERM end the recipe as Ctrl-C does. A run that has begun installs a handler that saves first."""
-
-    def stop(signal_number: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)

@@ -227,7 +227,10 @@ def _mixed_precision(
         if given is not None and given != asked and started:
             notes.append(f"{flag} wins over {given}, which {started.launcher} was told")
     elif not gpus:
-        precision = _cpu_precision(options, notes)
+        has_deepspeed = options.deepspeed is not None or (
+            started is not None and started.deepspeed is not None
+        )
+        precision = _cpu_precision(options, has_deepspeed, notes)
     elif all(gpu.has_bf16 for gpu in gpus):
         precision = "bf16"
         notes.append("mixed precision bf16: the GPUs have it")
@@ -247,7 +250,10 @@ def _mixed_precision(
     return precision
 
 
-def _cpu_precision(options: Options, notes: list[str]) -> MixedPrecision:
+def _cpu_precision(options: Options, has_deepspeed: bool, notes: list[str]) -> MixedPrecision:
+    if has_deepspeed:
+        notes.append("mixed precision no: DeepSpeed on a CPU computes in float32")
+        return "no"
     wants_speed = isinstance(options, TrainingOptions) and options.throughput == "auto"
     is_causal = getattr(options, "task", None) == "causal-lm"
     if not (wants_speed and is_causal):

@@ -16,6 +16,7 @@ import torch
 from toolkit.data.columns import IGNORED
 from toolkit.training.row_attention import Rows
 
+FIELDS = ("input_ids", "labels", "position_ids")
 MAX_ROWS_TOGETHER = 64
 """Rows that are planned together; more would make planning itself slow."""
 
@@ -113,8 +114,7 @@ class Layout:
 
     def _micro_batch(self, batch: Mapping[str, torch.Tensor], group: Group) -> dict[str, Any]:
         spans = [slice(self._starts[row], self._starts[row + 1]) for row in group.rows]
-        names = ("input_ids", "labels", "position_ids") if group.is_flat else ("input_ids", "labels")
-        parts = {name: [batch[name][0, span] for span in spans] for name in names}
+        parts = {name: [batch[name][0, span] for span in spans] for name in FIELDS}
         lengths = [len(row) for row in parts["input_ids"]]
         if group.is_flat:
             flat: dict[str, Any] = {name: torch.cat(rows)[None] for name, rows in parts.items()}
@@ -123,8 +123,9 @@ class Layout:
             return {name: torch.stack(rows) for name, rows in parts.items()}
         padded = {
             name: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-            for (name, rows), value in zip(parts.items(), (self._pad_token_id, IGNORED), strict=True)
+            for (name, rows), value in zip(parts.items(), (self._pad_token_id, IGNORED, 0), strict=True)
         }
+        del padded["position_ids"]
         positions = torch.arange(max(lengths), device=padded["input_ids"].device)
         limits = torch.tensor(lengths, device=positions.device)
         return padded | {"attention_mask": (positions[None] < limits[:, None]).long()}

@@ -1,5 +1,6 @@
 """What a model does with a few tokens: tried on the model itself, so that no list of model families is needed."""
 
+import re
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from toolkit.training.fused_loss import fused_loss, head_of
 from toolkit.training.row_attention import Rows
 
+_OF_ADAPTERS = re.compile(r"\.(lora_\w+|modules_to_save)\.")
 NUM_TOKENS = 24
 """Of a tried row: more than the window that a convolution or a state would carry over a border."""
 SAME_SHARE = 0.05
@@ -93,14 +95,14 @@ def _tokens(model: Any, seed: int) -> torch.Tensor:
     return ids.to(embeddings.weight.device)
 
 
-def mean_pair_cost(model: Any, num_frozen: int, num_trained: int) -> float:
-    """Attention between two positions in tokens' worth of matrix products: 12 L H Q over 4 to 6 operations a weight
-    (A. Chowdhery et al., PaLM, arXiv:2204.02311, appendix B)."""
+def pair_cost(model: Any) -> float:
+    """Attention between two positions in tokens' worth of matrix products: 12 L H Q over 4 operations a frozen weight
+    (A. Chowdhery et al., PaLM, arXiv:2204.02311, appendix B).
+
+    Adapters do not count: which ones of other participants lie on the base must not change how rows are laid out.
+    """
     config = model.config.get_text_config()
-    width = _attention_width(config)
-    return 12 * config.num_hidden_layers * width / max(4 * num_frozen + 6 * num_trained, 1)
-
-
-def _attention_width(config: Any) -> int:
     heads = getattr(config, "num_attention_heads", 1)
-    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    weights = (p.numel() for name, p in model.named_parameters() if not _OF_ADAPTERS.search(name))
+    return 12 * config.num_hidden_layers * width / max(4 * sum(weights), 1)

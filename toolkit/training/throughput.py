@@ -160,11 +160,9 @@ class _Chooser:
         self.tells_rows = not is_flash and use_row_attention(plain(self.model))
         apart = is_flash or probing.rows_stay_apart(self.model, self._autocast(), tells_rows=self.tells_rows)
         is_row_wise = is_flash or self.tells_rows
-        frozen = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         limit = self.capacity if is_row_wise else MAX_FLAT
         costs = Costs(
-            pair=probing.mean_pair_cost(self.model, frozen, trained),
+            pair=probing.pair_cost(self.model),
             batch=BATCH_COST[self.device],
             capacity=self.capacity,
             flat=limit if apart else 0,

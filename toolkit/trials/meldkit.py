@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from toolkit.benchmarks.programs.probe import Probe
 from toolkit.cli.train import run_config
 from toolkit.config.recipes import CentralizedConfig
 from toolkit.errors import RunError
+from toolkit.trials.probe import Probe
 
 RECIPE = "centralized-hf"
 _QUIET = {"eval_every": "never", "checkpoint_every": "never", "report_to": [], "skip_data_check": True}

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from toolkit.benchmarks.programs.equal_settings import EqualSettings
-from toolkit.benchmarks.programs.probe import Probe
 from toolkit.errors import InputError
+from toolkit.trials.equal_settings import EqualSettings
+from toolkit.trials.probe import Probe
 
 
 def run(spec: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Before the trials, in a process of its own: the rows that all arms train, as a file, and what is in them.
 
-``python -m toolkit.benchmarks.programs.prepare SPEC.json`` writes ``rows.jsonl``, ``probe_rows.json`` and
+``python -m toolkit.trials.prepare SPEC.json`` writes ``rows.jsonl``, ``probe_rows.json`` and
 ``workload.json`` into the folder of the specification. A benchmark that goes on finds them there.
 """
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.benchmarks.programs.meldkit import config_of
 from toolkit.cli.failures import guarded
 from toolkit.durable import file_sha256, write_json, write_text
 from toolkit.errors import DataError
+from toolkit.trials.meldkit import config_of
 
 NUM_PROBE_ROWS = 16
 

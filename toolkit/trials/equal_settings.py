@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from toolkit.benchmarks.programs.meldkit import config_of
 from toolkit.errors import InputError
+from toolkit.trials.meldkit import config_of
 
 _ARGUMENTS = {
     "max_epochs": "num_train_epochs",

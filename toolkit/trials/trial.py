@@ -1,4 +1,4 @@
-"""A trial's process: ``python -m toolkit.benchmarks.programs.trial SPEC.json``."""
+"""A trial's process: ``python -m toolkit.trials.trial SPEC.json``."""
 
 import importlib
 import json
@@ -9,11 +9,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from toolkit.benchmarks.process import FAILED, FELL_BACK, OUT_OF_MEMORY
 from toolkit.durable import write_json
 
 OOM_SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "MemoryError")
-FAILED, OUT_OF_MEMORY, FELL_BACK = 1, 3, 4
-"""Exit statuses, which the runner reads."""
 
 
 def main(path: str) -> int:
@@ -25,7 +24,7 @@ def main(path: str) -> int:
             sys.argv = [program, path]
             runpy.run_path(program, run_name="__main__")
         else:
-            importlib.import_module(f"toolkit.benchmarks.programs.{program}").run(spec)
+            importlib.import_module(f"toolkit.trials.{program}").run(spec)
     except BaseException as error:
         traceback.print_exc()
         _write_error(Path(spec["error"]), error)

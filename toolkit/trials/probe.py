@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from toolkit.benchmarks.programs.digest import IGNORED, RowDigest
-from toolkit.benchmarks.programs.flops import flops_per_token
 from toolkit.durable import write_json
 from toolkit.reporting import resources
+from toolkit.trials.digest import IGNORED, RowDigest
+from toolkit.trials.flops import flops_per_token
 
 SCHEMA = 1
 MAX_PROBE_TOKENS = 256
@@ -50,7 +50,7 @@ class Probe:
 
     def attach(self, trainer: Any) -> None:
         """Measure ``trainer``, a transformers Trainer that has not trained yet."""
-        from toolkit.benchmarks.programs.stopwatch import Stopwatch
+        from toolkit.trials.stopwatch import Stopwatch
 
         self._trainer = trainer
         collate = trainer.data_collator

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from toolkit.benchmarks.programs.equal_settings import EqualSettings
-from toolkit.benchmarks.programs.probe import Probe
+from toolkit.trials.equal_settings import EqualSettings
+from toolkit.trials.probe import Probe
 
 
 def run(spec: dict[str, Any]) -> None:
