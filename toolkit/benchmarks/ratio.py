@@ -1,6 +1,7 @@
-"""How much faster: ratios of rates with bootstrap intervals.
+"""How much faster: ratios of rates with 95 % intervals.
 
-A trial is a list of steps with tokens and seconds; its rate is all tokens over all seconds. B samples, S steps.
+A trial is a list of steps with tokens and seconds; its rate is all tokens over all seconds. What varies from one trial
+to the next is what an interval has to cover: steps of ragged rows differ for other reasons. B samples, S steps.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,10 @@ import numpy as np
 
 NUM_SAMPLES = 4000
 CONFIDENCE = 0.95
+FEW = 8
+"""Below so many trials a bootstrap, which cannot reach beyond them, is too narrow; Student's interval is taken."""
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+"""Student's 97.5 % quantile for 1 to 12 degrees of freedom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,8 @@ def rate(trial: Trial) -> float:
 def paired_ratio(arm: Sequence[Trial], reference: Sequence[Trial], seed: int = 0) -> Ratio:
     """Geometric mean over pairs of the arm's rate over the reference's.
 
-    The interval comes from a bootstrap in two stages: pairs are drawn with replacement, then steps within each trial.
+    The interval is of the mean of the logarithms over pairs: Student's for few pairs, from 8 on a bootstrap over pairs.
+    For a single pair it is a bootstrap over the steps of both trials, which says nothing of the next trial.
 
     Args:
         arm, reference: trials of the same repeats, in the same order.
@@ -51,66 +57,90 @@ def paired_ratio(arm: Sequence[Trial], reference: Sequence[Trial], seed: int = 0
     Raises:
         ValueError: no pair, or different numbers of trials.
 
-    Source: A. Davison, D. Hinkley, Bootstrap Methods and their Application (1997), section 3.8.
+    Source: B. Efron, R. Tibshirani, An Introduction to the Bootstrap (1993), chapters 12 and 13.
     """
     if not arm or len(arm) != len(reference):
         raise ValueError(f"{len(arm)} and {len(reference)} trials do not make pairs")
+    if len(arm) == 1:
+        return _of_single_trials(arm[0], reference[0], seed)
+    logs_R = _log_rates(arm) - _log_rates(reference)
+    value, error = float(logs_R.mean()), _standard_error(logs_R)
+    if len(logs_R) < FEW:
+        return _student(value, error, len(logs_R) - 1)
     generator = np.random.default_rng(seed)
-    logs = [
-        np.log(_rates(a, generator)) - np.log(_rates(r, generator))
-        for a, r in zip(arm, reference, strict=True)
-    ]
-    value = np.mean([np.log(rate(a)) - np.log(rate(r)) for a, r in zip(arm, reference, strict=True)])
-    return _ratio(float(value), _mean_of_drawn(np.array(logs), generator), len(arm))
+    means_B = _drawn_means(logs_R, generator)
+    return _percentiles(value, means_B, len(logs_R))
 
 
 def unpaired_ratio(new: Sequence[Trial], old: Sequence[Trial], seed: int = 0) -> Ratio:
     """Geometric mean of the rates in ``new`` over that in ``old``, trials of two benchmarks that did not alternate.
+
+    Intervals as in :func:`paired_ratio`; Student's takes both benchmarks to scatter alike.
 
     Raises:
         ValueError: one of them has no trial.
     """
     if not new or not old:
         raise ValueError("no trials to compare")
+    num_trials = min(len(new), len(old))
+    if max(len(new), len(old)) == 1:
+        return _of_single_trials(new[0], old[0], seed)
+    logs = [_log_rates(new), _log_rates(old)]
+    value = float(logs[0].mean() - logs[1].mean())
+    if num_trials < FEW:
+        degrees = len(new) + len(old) - 2
+        variance = sum(float(((side - side.mean()) ** 2).sum()) for side in logs) / degrees
+        error = (variance * (1 / len(new) + 1 / len(old))) ** 0.5
+        return _student(value, error, min(degrees, len(STUDENT)))
     generator = np.random.default_rng(seed)
-    logs = [np.array([np.log(_rates(trial, generator)) for trial in trials]) for trials in (new, old)]
-    values = [np.mean([np.log(rate(trial)) for trial in trials]) for trials in (new, old)]
-    samples_B = _mean_of_drawn(logs[0], generator) - _mean_of_drawn(logs[1], generator)
-    return _ratio(float(values[0] - values[1]), samples_B, min(len(new), len(old)))
+    return _percentiles(
+        value, _drawn_means(logs[0], generator) - _drawn_means(logs[1], generator), num_trials
+    )
 
 
-def _rates(trial: Trial, generator: np.random.Generator) -> np.ndarray:
+def _log_rates(trials: Sequence[Trial]) -> np.ndarray:
+    return np.log([rate(trial) for trial in trials])
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+def _student(log_value: float, error: float, degrees_of_freedom: int) -> Ratio:
+    reach = STUDENT[degrees_of_freedom - 1] * error
+    return Ratio(float(np.exp(log_value)), float(np.exp(log_value - reach)), float(np.exp(log_value + reach)))
+
+
+def _drawn_means(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """[B] means of as many values, drawn with replacement."""
+    return values[generator.integers(len(values), size=(NUM_SAMPLES, len(values)))].mean(axis=1)
+
+
+def _percentiles(log_value: float, samples_B: np.ndarray, num_trials: int | None) -> Ratio:
+    """The percentile interval, expanded as Student's is wider than the normal one.
+
+    Source: T. Hesterberg, What Teachers Should Know About the Bootstrap (2015), arXiv:1411.5279, section 5.1; Student's
+    quantile by Abramowitz and Stegun 26.7.5.
+    """
+    normal = NormalDist()
+    tail = (1 - CONFIDENCE) / 2
+    if num_trials is not None:
+        z, df = -normal.inv_cdf(tail), num_trials - 1
+        t = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+        tail = normal.cdf(-t * (num_trials / df) ** 0.5)
+    low, high = np.quantile(samples_B, [tail, 1 - tail])
+    return Ratio(float(np.exp(log_value)), float(np.exp(low)), float(np.exp(high)))
+
+
+def _of_single_trials(arm: Trial, reference: Trial, seed: int) -> Ratio:
+    generator = np.random.default_rng(seed)
+    samples_B = np.log(_drawn_rates(arm, generator)) - np.log(_drawn_rates(reference, generator))
+    return _percentiles(float(np.log(rate(arm) / rate(reference))), samples_B, None)
+
+
+def _drawn_rates(trial: Trial, generator: np.random.Generator) -> np.ndarray:
     """[B] rates of the trial with its steps drawn with replacement."""
     steps_S2 = np.asarray(trial, dtype=np.float64)
     drawn_BS = generator.integers(len(steps_S2), size=(NUM_SAMPLES, len(steps_S2)))
     sums_B2 = steps_S2[drawn_BS].sum(axis=1)
     return sums_B2[:, 0] / sums_B2[:, 1]
-
-
-def _mean_of_drawn(logs_TB: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """[B] means over trials drawn with replacement."""
-    num_trials, num_samples = logs_TB.shape
-    drawn_TB = generator.integers(num_trials, size=(num_trials, num_samples))
-    return np.take_along_axis(logs_TB, drawn_TB, axis=0).mean(axis=0)
-
-
-def _ratio(log_value: float, log_samples_B: np.ndarray, num_trials: int) -> Ratio:
-    tail = _tail(num_trials)
-    low, high = np.quantile(log_samples_B, [tail, 1 - tail])
-    return Ratio(float(np.exp(log_value)), float(np.exp(low)), float(np.exp(high)))
-
-
-def _tail(num_trials: int) -> float:
-    """Share of the samples that is cut at each end.
-
-    Percentile intervals of few trials are too narrow; theirs are expanded as Student's interval is wider than the
-    normal one: T. Hesterberg, What Teachers Should Know About the Bootstrap (2015), arXiv:1411.5279, section 5.1.
-    Student's quantile by Abramowitz and Stegun 26.7.5.
-    """
-    normal = NormalDist()
-    z = normal.inv_cdf((1 + CONFIDENCE) / 2)
-    if num_trials == 1:
-        return (1 - CONFIDENCE) / 2  # nothing is known between trials; the interval is that of the steps
-    df = num_trials - 1
-    t = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-    return normal.cdf(-t * (num_trials / df) ** 0.5)

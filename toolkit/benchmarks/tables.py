@@ -79,7 +79,7 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
         f"median {middle:.0f}), {workload['settings']['max_epochs']:g} passes; the first {result['warmup_steps']} "
         f"steps of a trial are not counted; {result['repeats']} trials an arm, each in a process of its own, in "
         "alternating order.",
-        "Ratios are of trained tokens a second, with a 95 % interval (bootstrap over pairs of trials and over steps); "
+        "Ratios are of trained tokens a second, with a 95 % interval (over pairs of trials); "
         "'no difference' where it spans 1. Step: median, first step apart. Loss: the same "
         f"{facts['loss_is_of']} for all arms, before {_initial(result)}.",
         f"{machine['cpu']['model']}, {machine['cpu']['usable_cores']} cores, {gpus}; "
