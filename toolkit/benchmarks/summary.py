@@ -1,5 +1,6 @@
 """From trials to what a benchmark says: a summary of each arm, and its ratios to the reference."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
@@ -60,7 +61,7 @@ def summarise(
         own = [trial for trial in trials if trial["arm"] == arm.name]
         is_whole = bool(own) and len(good[arm.name]) == len(own)
         entry: dict[str, Any] = {
-            "arm": arm.as_dict(),
+            "arm": {k: v for k, v in arm.as_dict().items() if k != "python" or v != sys.executable},
             "statuses": [trial["status"] for trial in own],
             "reasons": sorted({trial["reason"] for trial in own if trial["reason"]}),
             "measured": None,

@@ -19,6 +19,7 @@ from toolkit.reporting import environment
 
 SCHEMA = 1
 RESULT_NAME = "benchmark.json"
+_OF_THIS_PROCESS = ("command_line", "working_folder", "variables")
 
 
 def bench_train(
@@ -36,7 +37,8 @@ def bench_train(
     runner = Runner(config, arms, say=say, watch=watch)
     runner.prepare()
     trials = judge(arms, runner.run(), loss_tolerance=config.loss_tolerance)
-    machine = environment.describe()
+    # A trial has other variables than this process, and nobody else has these folders.
+    machine = {name: value for name, value in environment.describe().items() if name not in _OF_THIS_PROCESS}
     result = {
         "schema": SCHEMA,
         "kind": "train",
