@@ -2,9 +2,9 @@
 
     python bench/compare_gate.py [--repeats 30] [--out bench/results/compare_gate.json]
 
-Trials of the tiny model, of the recipe as it is and of the recipe asleep for a fifth of every step, alternate. Each three
-consecutive trials of an arm are one result. Identical code: each result against the next one of its arm. Planted: each
-result against that of the slowed arm from the same time.
+Trials of the tiny model, of the recipe as it is and of the recipe asleep for a fifth of every step, alternate. Each
+three consecutive trials of an arm are one result. Identical code: each result against the next one of its arm. Planted:
+each result against that of the slowed arm from the same time.
 """
 
 import argparse
@@ -44,6 +44,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--trials", type=Path, help="a file for all trials, to look at them")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -59,6 +60,8 @@ def main() -> None:
         command += ["--repeats", str(arguments.repeats), "--out", f"{folder}/bench"]
         subprocess.run(command, check=True)
         whole = load_result(Path(folder) / "bench")
+    if arguments.trials:
+        arguments.trials.write_text(json.dumps(whole) + "\n")
     config = BenchCompareConfig.model_validate({"runs": ["old", "new"]})
     groups = range(arguments.repeats // TRIALS_A_RESULT)
     results = {arm: [result_of(whole, arm, group) for group in groups] for arm in ("hf-plain", "slowed")}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from toolkit.benchmarks.ratio import paired_ratio, rate, unpaired_ratio
+from toolkit.benchmarks.ratio import paired_ratio, rate, step_by_step, unpaired_ratio
 
 NUM_STEPS = 12
 
@@ -58,6 +58,17 @@ def test_the_same_seed_gives_the_same_interval():
     made = trials(1.0, seed=1, count=9), trials(1.1, seed=2, count=9)
     assert paired_ratio(*made) == paired_ratio(*made)
     assert paired_ratio(*made) != paired_ratio(*made, seed=1)
+
+
+def test_steps_that_were_disturbed_do_not_count_where_steps_are_the_same():
+    new, old = trials(1.1, seed=1, drift=0.0), trials(1.0, seed=2, drift=0.0)
+    plain = unpaired_ratio(*step_by_step(new, old))
+    for trial in new[:2]:
+        trial[3:6] = [(100.0, 9.0)] * 3
+    assert unpaired_ratio(*step_by_step(new, old)).value == pytest.approx(plain.value, rel=0.05)
+    assert unpaired_ratio(new, old).value < 0.7 * plain.value
+    other = [[(50.0, 1.0), *new[0][1:]], *new[1:]]
+    assert step_by_step(other, old) == (other, old)
 
 
 def test_no_pairs_are_an_error():

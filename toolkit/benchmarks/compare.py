@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.benchmarks.gates import OK
-from toolkit.benchmarks.ratio import Ratio, unpaired_ratio
+from toolkit.benchmarks.ratio import Ratio, step_by_step, unpaired_ratio
 from toolkit.benchmarks.summary import counted_steps
 from toolkit.benchmarks.train import SCHEMA, result_file
 from toolkit.config.bench_command import BenchCompareConfig
@@ -141,7 +141,7 @@ def _change(
         ]
         for side in (new, old)
     ]
-    faster = unpaired_ratio(trials[0], trials[1])
+    faster = unpaired_ratio(*step_by_step(trials[0], trials[1]))
     slowdown = Ratio(1 / faster.value - 1, 1 / faster.high - 1, 1 / faster.low - 1)
     key = "peak_rss_bytes" if before["peak_reserved_bytes"] is None else "peak_reserved_bytes"
     memory = None if None in (before[key], after[key]) else after[key] / before[key] - 1

@@ -98,6 +98,24 @@ def unpaired_ratio(new: Sequence[Trial], old: Sequence[Trial], seed: int = 0) ->
     )
 
 
+def step_by_step(new: Sequence[Trial], old: Sequence[Trial]) -> tuple[list[Trial], list[Trial]]:
+    """Trials whose steps are the same batches, as one step each: how much longer than usual its typical step took.
+
+    Where every trial has the same tokens step by step, each step's seconds are divided by the median of that step over
+    the old trials, and a trial is the median of that over its steps: what disturbs a few steps does not count. Other
+    trials come back as they are.
+    """
+    tokens = {tuple(count for count, _ in trial) for trial in (*new, *old)}
+    if len(tokens) != 1:
+        return list(new), list(old)
+    usual_S = np.median([[seconds for _, seconds in trial] for trial in old], axis=0)
+
+    def typical(trial: Trial) -> Trial:
+        return [(1.0, float(np.median(np.array([seconds for _, seconds in trial]) / usual_S)))]
+
+    return [typical(trial) for trial in new], [typical(trial) for trial in old]
+
+
 def _log_rates(trials: Sequence[Trial]) -> np.ndarray:
     return np.log([rate(trial) for trial in trials])
 

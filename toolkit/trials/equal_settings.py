@@ -44,6 +44,8 @@ class EqualSettings:
         self.left = set(arm["left_at_defaults"])
         if self.config.optim == "auto":
             self.left.add("optim")  # a word of ours; theirs is AdamW, fused, too
+        if self.config.gradient_checkpointing is None:
+            self.left.add("gradient_checkpointing")  # nobody asked for either
         self._refuse()
 
     def training_arguments(self) -> dict[str, Any]:
