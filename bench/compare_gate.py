@@ -24,7 +24,7 @@ from toolkit.config.bench_command import BenchCompareConfig
 
 HERE = Path(__file__).resolve().parent
 PLAIN, SLOWED = "hf-plain", HERE / "arms" / "slowed.yaml"
-WORKLOAD = ["--model", "sample:tiny-llama", "--max-length", "256", "--max-rows", "64", "--max-epochs", "4"]
+WORKLOAD = ["--model", "sample:tiny-llama", "--max-length", "256", "--max-rows", "64", "--max-epochs", "24"]
 WORKLOAD += ["--lora-r", "4", "--no-gradient-checkpointing", "--mixed-precision", "no", "--cpu"]
 
 

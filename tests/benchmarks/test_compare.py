@@ -34,7 +34,7 @@ FACTS = {
 }
 
 
-def result(*, seed, slowdown=0.0, memory=1e9, repeats=3):
+def result(*, seed, slowdown=0.0, memory=1e9, repeats=6):
     """A result as bench train writes it: trials with noise of their own (3 %) and of each step (5 %)."""
     generator = np.random.default_rng(seed)
     trials = []
